@@ -1,0 +1,156 @@
+//! The index: which VMs take part in an update, and where they are. It is what a new kernel's user space reads first.
+
+use alloc::collections::BTreeSet;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use super::header::Kind;
+use super::machine::RAM_RANGES_MAX;
+use super::node::Node;
+use super::record::{Reader, Record, from_node, to_node};
+use super::timeline::TimelineV1;
+use super::{DecodeError, DocumentError, EncodeError, Problem, fdt, header};
+use crate::{names, tokens};
+
+/// The most VMs of a host.
+pub const VMS_MAX: usize = 1024;
+
+/// The size of an entry in the list of RAM files: token and size.
+const RAM: usize = 16;
+
+/// Where one VM is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IndexEntryV1 {
+    /// The VM's name.
+    pub name: String,
+    /// Its session.
+    pub session: String,
+    /// The state memfd's token.
+    pub state_token: u64,
+    /// The sealed document's length in the state memfd, in bytes.
+    pub document_bytes: u64,
+    /// Token and size in bytes of each RAM memfd.
+    pub ram: Vec<(u64, u64)>,
+    /// The marks of this VM.
+    pub marks: TimelineV1,
+}
+
+impl Record for IndexEntryV1 {
+    const COMPATIBLE: &'static str = "kho-vmm,index-entry-v1";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { name, session, state_token, document_bytes, ram, marks } = self;
+        let mut list = Vec::with_capacity(ram.len() * RAM);
+        for (token, size) in ram {
+            list.extend_from_slice(&token.to_be_bytes());
+            list.extend_from_slice(&size.to_be_bytes());
+        }
+        node.with_str("name", name)
+            .with_str("session", session)
+            .with_u64("state-token", *state_token)
+            .with_u64("document-bytes", *document_bytes)
+            .with_bytes("ram", list)
+            .with_child(to_node(names::MARKS, marks))
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let entry = Self {
+            name: reader.string("name")?,
+            session: reader.string("session")?,
+            state_token: reader.u64("state-token")?,
+            document_bytes: reader.u64("document-bytes")?,
+            ram: reader.entries::<RAM>("ram")?.iter().map(|entry| pair(*entry)).collect(),
+            marks: reader.child(names::MARKS)?,
+        };
+        if reader.unit_address() != Some(&entry.name) {
+            return Err(reader.invalid("name", "is not the one in the node's name"));
+        }
+        // The session's name follows from the VM's: an entry can thus never lead to the memory of another VM.
+        if names::session_name(&entry.name).as_ref() != Some(&entry.session) {
+            return Err(reader.invalid("session", "is not the one of a VM of this name"));
+        }
+        if !(header::SIZE as u64..=header::CAP as u64).contains(&entry.document_bytes) {
+            return Err(reader.invalid("document-bytes", format!("is {}, no document's", entry.document_bytes)));
+        }
+        if entry.ram.is_empty() || entry.ram.len() > RAM_RANGES_MAX {
+            return Err(reader.invalid("ram", format!("has {} files", entry.ram.len())));
+        }
+        let mut seen = BTreeSet::from([entry.state_token]);
+        for &(token, size) in &entry.ram {
+            if token < tokens::RAM_FIRST || !seen.insert(token) {
+                return Err(reader.invalid("ram", format!("has token {token:#x} twice, or where no memory can be")));
+            }
+            if size == 0 {
+                return Err(reader.invalid("ram", format!("has file {token:#x} of size zero")));
+            }
+        }
+        Ok(entry)
+    }
+}
+
+fn pair(entry: [u8; RAM]) -> (u64, u64) {
+    let [a, b, c, d, e, f, g, h, size @ ..] = entry;
+    (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes(size))
+}
+
+/// All VMs of one update.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IndexV1 {
+    /// How many updates this host has been through, this one included.
+    pub generation: u64,
+    /// The release of the kernel under which it was written.
+    pub kernel: String,
+    /// The marks of the host.
+    pub timeline: TimelineV1,
+    /// The VMs.
+    pub vms: Vec<IndexEntryV1>,
+}
+
+impl Record for IndexV1 {
+    const COMPATIBLE: &'static str = "kho-vmm,index-v1";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { generation, kernel, timeline, vms } = self;
+        let entries = vms.iter().map(|vm| to_node(&format!("{}@{}", names::VM, vm.name), vm));
+        node.with_u64("generation", *generation)
+            .with_str("kernel", kernel)
+            .with_child(to_node(names::TIMELINE, timeline))
+            .with_child(Node::new(names::VMS).with_children(entries))
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            generation: reader.u64("generation")?,
+            kernel: reader.string("kernel")?,
+            timeline: reader.child(names::TIMELINE)?,
+            vms: reader.group(names::VMS, |vms| {
+                let entries = vms.children(names::VM)?;
+                match entries.len() <= VMS_MAX {
+                    true => Ok(entries),
+                    false => Err(vms.error(Problem::TooMany { what: "VMs", max: VMS_MAX })),
+                }
+            })?,
+        })
+    }
+}
+
+impl IndexV1 {
+    /// The sealed index.
+    ///
+    /// # Errors
+    /// When [`from_bytes`](Self::from_bytes) would refuse it.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, EncodeError> {
+        let root = to_node("", self);
+        from_node::<Self>(&root)?;
+        header::seal_as(Kind::Index, &fdt::write(&root)?)
+    }
+
+    /// The index in sealed bytes.
+    ///
+    /// # Errors
+    /// When the seal is broken, the tree malformed, or anything in it missing, unknown or impossible.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DocumentError> {
+        Ok(from_node(&fdt::read(header::open_as(Kind::Index, bytes)?)?)?)
+    }
+}

@@ -1,0 +1,197 @@
+//! The timeline of an update: when each phase was reached, by a counter that runs on through a kexec.
+//!
+//! No clock of the kernel's does: CLOCK_MONOTONIC starts anew, CLOCK_REALTIME comes back from an RTC with a resolution
+//! of a second. So marks are raw values of the CPU's counter (TSC, CNTVCT), together with its frequency.
+
+use alloc::vec::Vec;
+use core::fmt;
+use core::str::FromStr;
+
+use super::DecodeError;
+use super::node::Node;
+use super::record::{Reader, Record};
+
+/// The phases of a live update, in the order in which they are reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// The operator's request has arrived.
+    UpdateStarted,
+    /// The next kernel is loaded.
+    ImageLoaded,
+    /// All that is preserved while the guest runs, is.
+    Prepared,
+    /// The VM was asked to pause: the blackout begins.
+    PauseAsked,
+    /// No vCPU runs any more.
+    VcpusStopped,
+    /// The document is in its memfd.
+    DocumentWritten,
+    /// All is preserved, the index included.
+    Preserved,
+    /// The last moment of the old kernel's user space.
+    RebootCalled,
+    /// The first moment of the new kernel's user space.
+    InitReached,
+    /// The index is back.
+    IndexRetrieved,
+    /// The VM's files are back.
+    FilesRetrieved,
+    /// The machine is whole again.
+    MachineBuilt,
+    /// The guest runs: the blackout ends.
+    FirstInstruction,
+}
+
+impl Phase {
+    /// All phases, in order.
+    pub const ALL: [Self; 13] = [
+        Self::UpdateStarted,
+        Self::ImageLoaded,
+        Self::Prepared,
+        Self::PauseAsked,
+        Self::VcpusStopped,
+        Self::DocumentWritten,
+        Self::Preserved,
+        Self::RebootCalled,
+        Self::InitReached,
+        Self::IndexRetrieved,
+        Self::FilesRetrieved,
+        Self::MachineBuilt,
+        Self::FirstInstruction,
+    ];
+
+    /// The phase's name in documents and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::UpdateStarted => "update-started",
+            Self::ImageLoaded => "image-loaded",
+            Self::Prepared => "prepared",
+            Self::PauseAsked => "pause-asked",
+            Self::VcpusStopped => "vcpus-stopped",
+            Self::DocumentWritten => "document-written",
+            Self::Preserved => "preserved",
+            Self::RebootCalled => "reboot-called",
+            Self::InitReached => "init-reached",
+            Self::IndexRetrieved => "index-retrieved",
+            Self::FilesRetrieved => "files-retrieved",
+            Self::MachineBuilt => "machine-built",
+            Self::FirstInstruction => "first-instruction",
+        }
+    }
+
+    /// The phase of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|phase| phase.name() == name)
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(self.name())
+    }
+}
+
+/// A name that no phase has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no phase has this name")]
+pub struct UnknownPhase;
+
+impl FromStr for Phase {
+    type Err = UnknownPhase;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPhase> {
+        Self::from_name(name).ok_or(UnknownPhase)
+    }
+}
+
+/// Marks of one update.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TimelineV1 {
+    /// Counts per second; 0 where it is not known, and then no times can be told.
+    pub frequency_hz: u64,
+    /// The counter at each phase that was reached. [`mark`](Self::mark) keeps them in order, one per phase; so does
+    /// encoding, with the last one where there are several.
+    pub marks: Vec<(Phase, u64)>,
+}
+
+impl TimelineV1 {
+    /// A timeline without marks.
+    pub fn new(frequency_hz: u64) -> Self {
+        Self { frequency_hz, marks: Vec::new() }
+    }
+
+    /// Notes that `phase` was reached at `counter`, instead of an earlier note of it: a phase may be tried again.
+    pub fn mark(&mut self, phase: Phase, counter: u64) {
+        self.marks.retain(|(marked, _)| *marked != phase);
+        let position = self.marks.partition_point(|(marked, _)| *marked < phase);
+        self.marks.insert(position, (phase, counter));
+    }
+
+    /// Takes over the marks of another timeline of the same host.
+    pub fn merge(&mut self, other: &Self) {
+        for &(phase, counter) in &other.marks {
+            self.mark(phase, counter);
+        }
+    }
+
+    /// The counter when `phase` was reached.
+    pub fn counter(&self, phase: Phase) -> Option<u64> {
+        self.marks.iter().rev().find(|(marked, _)| *marked == phase).map(|(_, counter)| *counter)
+    }
+
+    /// Milliseconds between two phases; negative where `to` was reached before `from`. `None` where one of them was
+    /// not reached or the frequency is not known.
+    pub fn between_ms(&self, from: Phase, to: Phase) -> Option<f64> {
+        Some(self.milliseconds(self.counter(from)?, self.counter(to)?)).filter(|_| self.frequency_hz != 0)
+    }
+
+    /// How long the guest did not run, in milliseconds: from the request to pause until its first instruction.
+    pub fn blackout_ms(&self) -> Option<f64> {
+        self.between_ms(Phase::PauseAsked, Phase::FirstInstruction)
+    }
+
+    /// The phases that were reached, in order, each with the milliseconds since the one before; the first with 0.
+    /// Empty where the frequency is not known.
+    pub fn phases(&self) -> Vec<(Phase, f64)> {
+        if self.frequency_hz == 0 {
+            return Vec::new();
+        }
+        let mut previous = None;
+        Phase::ALL
+            .into_iter()
+            .filter_map(|phase| {
+                let counter = self.counter(phase)?;
+                let since = self.milliseconds(previous.unwrap_or(counter), counter);
+                previous = Some(counter);
+                Some((phase, since))
+            })
+            .collect()
+    }
+
+    fn milliseconds(&self, from: u64, to: u64) -> f64 {
+        // Subtracted as integers first: a counter may be beyond what an f64 holds to the last digit.
+        let counts = if to >= from { (to - from) as f64 } else { -((from - to) as f64) };
+        counts * 1000.0 / self.frequency_hz as f64
+    }
+}
+
+impl Record for TimelineV1 {
+    const COMPATIBLE: &'static str = "kho-vmm,timeline-v1";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { frequency_hz, marks } = self;
+        marks.iter().fold(node.with_u64("frequency-hz", *frequency_hz), |node, (phase, counter)| {
+            node.with_u64(phase.name(), *counter)
+        })
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let mut timeline = Self::new(reader.u64("frequency-hz")?);
+        for phase in Phase::ALL {
+            if let Some(counter) = reader.optional_u64(phase.name())? {
+                timeline.mark(phase, counter);
+            }
+        }
+        Ok(timeline)
+    }
+}

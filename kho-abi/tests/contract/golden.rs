@@ -1,0 +1,59 @@
+//! Documents on disk, as a version that has been released wrote them.
+//!
+//! They are never written again: where one of these tests fails, the layout has changed, and needs a `compatible` and
+//! a golden file of its own beside the old ones.
+
+use std::fs;
+use std::path::Path;
+
+use kho_abi::document::index::IndexV1;
+use kho_abi::document::machine::MachineV1;
+use kho_abi::document::{fdt, header};
+
+use crate::sample;
+
+fn golden(file: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(file);
+    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+#[test]
+fn vm_v1_of_x86_64_decodes_to_its_value() {
+    assert_eq!(MachineV1::from_bytes(&golden("vm-v1-x86_64.bin")).unwrap(), sample::machine());
+}
+
+#[test]
+fn vm_v1_of_x86_64_encodes_to_its_bytes() {
+    assert!(sample::machine().to_bytes().unwrap() == golden("vm-v1-x86_64.bin"));
+}
+
+#[test]
+fn vm_v1_of_aarch64_decodes_to_its_value() {
+    assert_eq!(MachineV1::from_bytes(&golden("vm-v1-aarch64.bin")).unwrap(), sample::aarch64_machine());
+}
+
+#[test]
+fn vm_v1_of_aarch64_encodes_to_its_bytes() {
+    assert!(sample::aarch64_machine().to_bytes().unwrap() == golden("vm-v1-aarch64.bin"));
+}
+
+#[test]
+fn documents_of_every_architecture_print_on_this_one() {
+    for architecture in ["x86_64", "aarch64"] {
+        let sealed = golden(&format!("vm-v1-{architecture}.bin"));
+        let text = fdt::print(header::open(&sealed).unwrap()).unwrap();
+        for part in [&format!("architecture = \"{architecture}\""), "platform {", "vcpu@0 {", "serial@3f8 {"] {
+            assert!(text.contains(part), "no {part} in:\n{text}");
+        }
+    }
+}
+
+#[test]
+fn index_v1_decodes_to_its_value() {
+    assert_eq!(IndexV1::from_bytes(&golden("index-v1.bin")).unwrap(), sample::index());
+}
+
+#[test]
+fn index_v1_encodes_to_its_bytes() {
+    assert!(sample::index().to_bytes().unwrap() == golden("index-v1.bin"));
+}

@@ -1,0 +1,93 @@
+//! What goes wrong after the point of no return costs no guest its memory, and never concerns the others.
+use anyhow::{Context, Result, ensure};
+use tests::architecture::Architecture;
+use tests::guests::{Guest, Running, await_beats};
+use tests::host::{Host, HostConfig, Side};
+use tests::operator::{self, Update};
+
+on_each_architecture![
+    a_vm_whose_process_is_killed_before_its_first_instruction_is_started_again_from_the_same_memory,
+    a_vm_whose_process_always_dies_is_kept_and_the_other_runs,
+    a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_runs,
+    nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so
+];
+
+fn two_oracles(host: &mut Host) -> Result<[Running; 2]> {
+    let mut guests = [Guest::oracle("first", 64).start(host)?, Guest::oracle("second", 64).start(host)?];
+    await_beats(host, &mut guests, 2)?;
+    Ok(guests)
+}
+
+fn a_vm_whose_process_is_killed_before_its_first_instruction_is_started_again_from_the_same_memory(
+    architecture: Architecture,
+) -> Result<()> {
+    Host::with(HostConfig::new("killed-once", architecture, 1024)?, |host| {
+        let mut guests = two_oracles(host)?;
+        let update = Update { append: "KHO_VMM_FAULT=vm.machine-built/first=kill@1", ..Update::default() };
+        let restored = operator::live_update_of_all(host, Side::Newer, &update)?;
+        ensure!(restored.vm("first")?.attempts == 2 && restored.vm("second")?.attempts == 1, "{restored:?}");
+        await_beats(host, &mut guests, 3)
+    })
+}
+
+fn a_vm_whose_process_always_dies_is_kept_and_the_other_runs(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("killed-always", architecture, 1024)?, |host| {
+        let [first, mut second] = two_oracles(host)?;
+        let update = Update { append: "KHO_VMM_FAULT=vm.machine-built/first=kill", ..Update::default() };
+        let (restored, ended) = operator::live_update(host, Side::Newer, &update)?;
+        ensure!(ended.code == Some(operator::KEPT) && restored.result == "kept", "{ended}");
+        let vm = restored.vm("first")?;
+        ensure!(vm.state == "kept" && vm.attempts == 3 && vm.reason.is_some(), "{vm:?}");
+        second.await_beats(host, 3)?;
+        expect_kept(host, "first")?;
+        first.check_unharmed()
+    })
+}
+
+fn a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_runs(
+    architecture: Architecture,
+) -> Result<()> {
+    Host::with(HostConfig::new("flipped", architecture, 1024)?, |host| {
+        let [first, mut second] = two_oracles(host)?;
+        let env = [("KHO_VMM_FAULT", "update.checked/first=flip")];
+        let (restored, ended) = operator::live_update(host, Side::Newer, &Update { env: &env, ..Update::default() })?;
+        ensure!(ended.code == Some(operator::KEPT) && restored.result == "kept", "{ended}");
+        let vm = restored.vm("first")?;
+        let reason = vm.reason.as_deref().unwrap_or_default();
+        ensure!(vm.state == "kept" && reason.contains("checksum"), "{vm:?}");
+        ensure!(vm.attempts <= 1, "a document that can never be accepted was tried again: {vm:?}");
+        second.await_beats(host, 3)?;
+        expect_kept(host, "first")?;
+        first.check_unharmed()
+    })
+}
+
+fn nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("nothing", architecture, 1024)?, |host| {
+        let said = host.run(&["vmm", "restore", "--all", "--json"])?;
+        ensure!(said.code == Some(operator::NOTHING_HANDED_OVER), "{said}");
+        ensure!(operator::restored(&said)?.result == "nothing", "{said}");
+        let mut oracle = Guest::oracle("oracle", 64).start(host)?;
+        oracle.await_beats(host, 2)?;
+        operator::live_update_of_all(host, Side::Newer, &Update::default())?;
+        let pid = operator::pid(host, "oracle")?;
+        let said = host.run(&["vmm", "restore", "--all", "--json"])?;
+        ensure!(said.code != Some(0), "a second restore found something: {said}");
+        oracle.await_beats(host, 2)?;
+        ensure!(operator::pid(host, "oracle")? == pid, "another process runs the VM now");
+        Ok(())
+    })
+}
+
+/// Its memory is there still, and the operator is told why.
+fn expect_kept(host: &mut Host, name: &str) -> Result<()> {
+    let list = operator::list(host)?;
+    let vm = list.iter().find(|vm| vm["name"] == name).with_context(|| format!("{name} is not among {list:?}"))?;
+    ensure!(vm["state"] == "kept", "{vm}");
+    // Shared memory of the guest's size, which no process maps.
+    let memory = host.read("/proc/meminfo")?;
+    let shared = memory.lines().find_map(|line| line.strip_prefix("Shmem:")).context("no Shmem in meminfo")?;
+    let kilobytes: u64 = shared.split_whitespace().next().context("Shmem is empty")?.parse()?;
+    ensure!(kilobytes >= 128 << 10, "{kilobytes} KiB of shared memory are too few for two guests of 64 MiB");
+    Ok(())
+}

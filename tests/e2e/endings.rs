@@ -1,0 +1,53 @@
+//! How guests end, and that damage does not go unnoticed.
+use anyhow::{Context, Result, ensure};
+use guest_kernel::options::SelfTest;
+use tests::architecture::Architecture;
+use tests::guests::Guest;
+use tests::host::{Host, HostConfig};
+use tests::operator::{GUEST_RESET, GUEST_TRIPLE_FAULT};
+
+on_each_architecture![each_way_a_guest_can_end_has_its_exit_status, the_oracle_notices_every_damage_it_does_to_itself];
+
+fn each_way_a_guest_can_end_has_its_exit_status(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("endings", architecture, 1024)?, |host| {
+        // Only x86_64 gives up when a fault cannot be handled; elsewhere the processor tries for ever.
+        let triple_fault = (Guest::oracle("oracle", 32).with("lines=1 end=triple-fault"), GUEST_TRIPLE_FAULT);
+        let endings = [
+            (Guest::oracle("oracle", 32).with("lines=1 end=poweroff"), 0),
+            (Guest::oracle("oracle", 32).with("lines=1 end=reset"), GUEST_RESET),
+            (Guest::linux("linux", 192).with("lab.lines=1 lab.end=poweroff"), 0),
+            (Guest::linux("linux", 192).with("lab.lines=1 lab.end=reboot"), GUEST_RESET),
+        ];
+        for (guest, status) in endings.into_iter().chain((architecture == Architecture::X86_64).then_some(triple_fault))
+        {
+            let append = guest.append.clone();
+            let mut running = guest.start(host)?;
+            running.await_end(host)?;
+            let found = running.status(host)?;
+            ensure!(found == status, "a guest with{append} ended with {found}, not {status}");
+            running.check_unharmed()?;
+        }
+        Ok(())
+    })
+}
+
+fn the_oracle_notices_every_damage_it_does_to_itself(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("self-test", architecture, 1024)?, |host| {
+        for (name, what) in SelfTest::offered_on(architecture.name()) {
+            let append = format!("selftest={name} lost_ms=1000");
+            let mut running = Guest::oracle(&format!("breaks-{name}"), 32).with(&append).start(host)?;
+            if what == SelfTest::Pause {
+                running.await_beats(host, 4)?;
+                ensure!(!running.log.pauses.is_empty(), "the oracle slept through its own pause");
+            } else {
+                let damage = running.await_damage(host).with_context(|| format!("after {append}"))?;
+                // The lab's kernels are built without SVE, so its registers cannot be broken.
+                let missing = what == SelfTest::Sve;
+                ensure!(damage.contains("refused=") == missing, "after {append}: {damage}");
+            }
+            host.signal(running.process.pid, 9)?;
+            host.wait(&running.process)?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,33 @@
+//! End-to-end tests: real guests on a real kernel's KVM, KHO and LUO, in the lab. Each file is a theme, each test boots a
+//! host of its own, and the assertions are about what a guest or an operator would notice.
+//!
+//! Each is a function of the architecture, and written once.
+
+/// Makes a test per architecture of each of these functions. One that is forgotten is never called, which the compiler reports.
+macro_rules! on_each_architecture {
+    [$($name:ident),+ $(,)?] => {
+        on_each_architecture! { x86_64: X86_64, $($name)+ }
+        on_each_architecture! { aarch64: Aarch64, $($name)+ }
+    };
+    ($architecture:ident: $variant:ident, $($name:ident)+) => {
+        mod $architecture {
+            $(
+                #[test]
+                fn $name() -> anyhow::Result<()> {
+                    super::$name(tests::architecture::Architecture::$variant)
+                }
+            )+
+        }
+    };
+}
+
+mod after_commit;
+mod before_commit;
+mod endings;
+mod generations;
+mod kvm;
+mod lab;
+mod memory;
+mod operators;
+mod script;
+mod upgrade;

@@ -1,0 +1,187 @@
+//! What differs between the architectures, as a table: adding one means filling in its row.
+use anyhow::{Result, anyhow, bail};
+use clap::ValueEnum;
+
+/// Names the accelerator that the end-to-end tests use, instead of the best.
+pub const ACCELERATOR: &str = "KHO_VMM_LAB_ACCEL";
+
+/// An architecture the lab can build for and emulate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Architecture {
+    /// AMD64, with SVM emulated by QEMU.
+    #[value(name = "x86_64")]
+    X86_64,
+    /// ARMv8 and later, with EL2 and a GICv3 emulated by QEMU.
+    #[value(name = "aarch64")]
+    Aarch64,
+}
+
+impl Architecture {
+    /// Every architecture there is a row for.
+    pub const ALL: &[Self] = &[Self::X86_64, Self::Aarch64];
+
+    /// The architecture of this machine.
+    pub fn native() -> Result<Self> {
+        match Self::ALL.iter().find(|architecture| architecture.is_native()) {
+            Some(&architecture) => Ok(architecture),
+            None => bail!("the lab does not know this machine's architecture, {}", std::env::consts::ARCH),
+        }
+    }
+
+    /// Whether this machine runs its programs by itself.
+    pub fn is_native(self) -> bool {
+        self.name() == std::env::consts::ARCH
+    }
+
+    /// As `uname -m` says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
+        }
+    }
+
+    /// As Debian says it.
+    pub fn debian(self) -> &'static str {
+        match self {
+            Self::X86_64 => "amd64",
+            Self::Aarch64 => "arm64",
+        }
+    }
+
+    /// Rust target of programs that run in the lab's host.
+    pub fn linux_target(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64-unknown-linux-gnu",
+            Self::Aarch64 => "aarch64-unknown-linux-gnu",
+        }
+    }
+
+    /// Rust target of the oracle guest.
+    pub fn bare_metal_target(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64-unknown-none",
+            // A kernel that looks after the registers for SIMD itself must not be compiled to use them.
+            Self::Aarch64 => "aarch64-unknown-none-softfloat",
+        }
+    }
+
+    /// What builds its programs on another machine: the C compiler, then the library; with the Debian packages that bring them.
+    pub fn cross_tools(self) -> [(&'static str, &'static str); 2] {
+        match self {
+            Self::X86_64 => [
+                ("x86_64-linux-gnu-gcc", "gcc-x86-64-linux-gnu"),
+                ("/usr/x86_64-linux-gnu/lib/libc.a", "libc6-dev-amd64-cross"),
+            ],
+            Self::Aarch64 => [
+                ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+                ("/usr/aarch64-linux-gnu/lib/libc.a", "libc6-dev-arm64-cross"),
+            ],
+        }
+    }
+
+    /// What runs its programs on another machine, and the Debian package that brings it.
+    pub fn user_emulator(self) -> (&'static str, &'static str) {
+        match self {
+            Self::X86_64 => ("qemu-x86_64", "qemu-user"),
+            Self::Aarch64 => ("qemu-aarch64", "qemu-user"),
+        }
+    }
+
+    /// The emulator and the Debian package that brings it.
+    pub fn qemu(self) -> (&'static str, &'static str) {
+        match self {
+            Self::X86_64 => ("qemu-system-x86_64", "qemu-system-x86"),
+            Self::Aarch64 => ("qemu-system-aarch64", "qemu-system-arm"),
+        }
+    }
+
+    /// QEMU's arguments for the machine and its processor under the given accelerator.
+    ///
+    /// The aarch64 host has no ITS of its own: after a kexec it would go on writing into the tables of the last kernel, which
+    /// only firmware (by EFI's memory reservations) can keep the next one from using, and the lab has none. Guests have one all
+    /// the same, as KVM's needs no other.
+    pub fn machine(self, accelerator: Accelerator) -> &'static [&'static str] {
+        match (self, accelerator) {
+            (Self::X86_64, Accelerator::Tcg) => &["-accel", "tcg", "-cpu", "max"],
+            (Self::X86_64, Accelerator::Kvm) => &["-accel", "kvm", "-cpu", "host"],
+            (Self::Aarch64, Accelerator::Tcg) => {
+                &["-accel", "tcg", "-machine", "virt,virtualization=on,gic-version=3,its=off", "-cpu", "max"]
+            }
+            (Self::Aarch64, Accelerator::Kvm) => {
+                &["-accel", "kvm", "-machine", "virt,virtualization=on,gic-version=3,its=off", "-cpu", "host"]
+            }
+        }
+    }
+
+    /// The host's console, as its kernel calls it.
+    pub fn console(self) -> &'static str {
+        match self {
+            Self::X86_64 => "ttyS0",
+            Self::Aarch64 => "ttyAMA0",
+        }
+    }
+
+    /// What the host's kernel must be told besides.
+    pub fn host_parameters(self) -> &'static str {
+        match self {
+            // The emulated TSC is the build machine's own and good, but the timers that the kernel would compare it with stand
+            // still whenever the emulator waits for a processor. A TSC that is taken for unstable makes KVM adjust those of guests.
+            Self::X86_64 => "tsc=reliable",
+            Self::Aarch64 => "",
+        }
+    }
+
+    /// What a Linux guest must be told: its console, and not to reserve memory for a handover of its own.
+    pub fn guest_command_line(self) -> &'static str {
+        match self {
+            Self::X86_64 | Self::Aarch64 => "console=ttyS0 quiet panic=-1 kho=off",
+        }
+    }
+
+    /// KVM modules whose `nested` parameter tells whether KVM guests may run KVM guests.
+    pub fn nested_parameters(self) -> &'static [&'static str] {
+        match self {
+            Self::X86_64 => &["/sys/module/kvm_intel/parameters/nested", "/sys/module/kvm_amd/parameters/nested"],
+            // `kvm-arm.mode=nested` can be asked for at boot, but no parameter tells whether it was granted.
+            Self::Aarch64 => &[],
+        }
+    }
+}
+
+/// What runs the lab's host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// QEMU's software emulation: works everywhere, slowly.
+    Tcg,
+    /// KVM with nested virtualization.
+    Kvm,
+}
+
+impl Accelerator {
+    /// The one that the environment asks for, else the best.
+    pub fn selected(architecture: Architecture) -> Result<Self> {
+        let Some(value) = std::env::var_os(ACCELERATOR) else { return Ok(Self::detect(architecture)) };
+        let value = value.to_string_lossy();
+        Self::from_str(&value, false).map_err(|_| anyhow!("'{value}' is not a value of {ACCELERATOR}"))
+    }
+
+    /// As QEMU calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// KVM where this machine offers nested virtualization of `architecture`, else software emulation.
+    pub fn detect(architecture: Architecture) -> Self {
+        let usable = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        let nested = architecture
+            .nested_parameters()
+            .iter()
+            .filter_map(|path| std::fs::read_to_string(path).ok())
+            .any(|value| matches!(value.trim(), "Y" | "1"));
+        if architecture.is_native() && usable && nested { Self::Kvm } else { Self::Tcg }
+    }
+}

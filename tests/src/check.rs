@@ -1,0 +1,142 @@
+//! `cargo xtask test`: everything that must hold, the fastest first; the test runner's summary comes last.
+use crate::architecture::Architecture;
+use crate::cargo::{Target, cargo};
+use crate::products::{self, BUILT, ORACLE, Products};
+use crate::run;
+use crate::setup::{self, tools};
+use anyhow::{Context, Result};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The steps that were taken, with their times.
+#[derive(Default)]
+struct Steps {
+    taken: Vec<(String, Duration)>,
+}
+
+impl Steps {
+    fn take<T>(&mut self, name: impl Into<String>, step: impl FnOnce() -> Result<T>) -> Result<T> {
+        let name = name.into();
+        println!("== {name}");
+        let start = Instant::now();
+        let value = step().with_context(|| format!("step '{name}' failed"))?;
+        self.taken.push((name, start.elapsed()));
+        Ok(value)
+    }
+
+    fn show(&self) {
+        println!("== times");
+        for (name, time) in &self.taken {
+            println!("{:>8.1} s  {name}", time.as_secs_f64());
+        }
+    }
+}
+
+/// Sets up the machine and checks everything, end to end for the given architectures.
+pub fn all(architectures: &[Architecture]) -> Result<()> {
+    let foreign: Vec<_> = architectures.iter().copied().filter(|architecture| !architecture.is_native()).collect();
+    let mut steps = Steps::default();
+    steps.take("set-up", || {
+        architectures.iter().try_for_each(|&architecture| setup::run(architecture))?;
+        tools::ensure_components()
+    })?;
+    steps.take("format", || run::loudly(cargo().args(["fmt", "--all", "--check"])))?;
+    steps.take("lints", || lints(architectures, &foreign))?;
+    steps.take("licences, sources, versions", deny)?;
+    steps.take("documentation", || {
+        document(cargo().arg("doc"))?;
+        foreign.iter().try_for_each(|&architecture| document(&mut Target::Linux(architecture).cargo(&["doc"])?))
+    })?;
+    let runner = steps.take("test runner", || Ok(tools::ensure("nextest").is_ok()))?;
+    for &architecture in architectures {
+        let name = architecture.name();
+        steps.take(format!("programs for the lab, {name}"), || programs(architecture))?;
+    }
+    for &architecture in &foreign {
+        let emulator = architecture.user_emulator().0;
+        steps.take(format!("unit and property tests under {emulator}"), || foreign_tests(architecture, runner))?;
+    }
+    steps.take("tests, built", || run::loudly(cargo().args(["test", "--quiet", "--workspace", "--no-run"])))?;
+    steps.take("examples in the documentation", || {
+        run::loudly(cargo().args(["test", "--quiet", "--workspace", "--doc"]))
+    })?;
+    steps.show();
+    println!("== tests");
+    tests(architectures, runner, &["--workspace"], &[])
+}
+
+/// Sets up the machine and runs the end-to-end tests whose names contain one of the filters.
+pub fn end_to_end(architectures: &[Architecture], filters: &[String]) -> Result<()> {
+    for &architecture in architectures {
+        setup::run(architecture)?;
+        programs(architecture)?;
+    }
+    tests(architectures, tools::has("nextest"), &["--package", "tests", "--test", "e2e"], filters)
+}
+
+/// Everything that the end-to-end tests need.
+fn programs(architecture: Architecture) -> Result<()> {
+    Products::build(architecture)?;
+    products::unit_tests(architecture)?;
+    Ok(())
+}
+
+fn lints(architectures: &[Architecture], foreign: &[Architecture]) -> Result<()> {
+    let deny = ["--", "-D", "warnings"];
+    let clippy = ["clippy", "--quiet"];
+    let everything = ["--workspace", "--all-targets"];
+    run::loudly(cargo().args(clippy).args(everything).args(deny))?;
+    for &architecture in foreign {
+        run::loudly(Target::Linux(architecture).cargo(&clippy)?.args(everything).args(deny))?;
+    }
+    for &architecture in architectures {
+        run::loudly(Target::BareMetal(architecture).cargo(&clippy)?.args(ORACLE).args(deny))?;
+    }
+    Ok(())
+}
+
+fn document(command: &mut Command) -> Result<()> {
+    run::loudly(command.args(["--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-Dwarnings"))
+}
+
+fn deny() -> Result<()> {
+    tools::ensure("deny")?;
+    run::loudly(cargo().args(["deny", "--log-level", "warn", "check", "bans", "licenses", "sources"]))?;
+    match run::quietly(cargo().args(["deny", "--log-level", "warn", "fetch", "db"])) {
+        Ok(_) => {
+            println!("checking advisories too");
+            run::loudly(cargo().args(["deny", "--log-level", "warn", "check", "--disable-fetch", "advisories"]))
+        }
+        Err(_) => {
+            println!("NOT checking advisories: their database cannot be fetched from here");
+            Ok(())
+        }
+    }
+}
+
+/// The name of the option that selects the profile differs between the two.
+fn runner(nextest: bool) -> (&'static [&'static str], &'static str) {
+    if nextest {
+        (&["nextest", "run", "--no-fail-fast"], "--cargo-profile")
+    } else {
+        println!("cargo-nextest is missing and cannot be installed, so `cargo test` runs the tests");
+        (&["test", "--no-fail-fast"], "--profile")
+    }
+}
+
+/// What needs no KVM, as programs of an architecture that is not this machine's.
+fn foreign_tests(architecture: Architecture, nextest: bool) -> Result<()> {
+    let (subcommand, profile) = runner(nextest);
+    run::loudly(products::unit_testing(architecture, subcommand)?.args([profile, "lab"]))
+}
+
+fn tests(architectures: &[Architecture], nextest: bool, selection: &[&str], filters: &[String]) -> Result<()> {
+    let mut command = cargo();
+    command.args(runner(nextest).0).args(selection).arg("--").args(filters);
+    // Each end-to-end test exists once per architecture, in a module of that name.
+    for other in Architecture::ALL.iter().filter(|architecture| !architectures.contains(architecture)) {
+        command.args(["--skip", &format!("::{}::", other.name())]);
+    }
+    // An error says where it came from by itself; thirty frames of the runner would hide it.
+    run::loudly(command.env(BUILT, "yes").env("RUST_LIB_BACKTRACE", "0"))
+}

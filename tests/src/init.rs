@@ -1,0 +1,150 @@
+//! PID 1 of the lab's host. It mounts what programs expect, starts what the build machine asks for, reaps every orphan and
+//! never ends by itself: whatever goes wrong is said on the port or on the console.
+pub mod kexec;
+mod mounts;
+mod port;
+mod processes;
+
+use crate::arch::counter;
+use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say};
+use anyhow::{Context, Result};
+use processes::Processes;
+use rustix::time::{ClockId, clock_gettime};
+use std::io::{BufRead, BufReader, Write};
+use std::sync::{Arc, Mutex};
+use std::{fs, thread};
+
+/// The moment PID 1 began, by both clocks: together with a later moment they give the counter's frequency.
+#[derive(Clone, Copy)]
+struct Beginning {
+    counter: u64,
+    seconds: f64,
+}
+
+impl Beginning {
+    fn now() -> Self {
+        let time = clock_gettime(ClockId::MonotonicRaw);
+        Self { counter: counter(), seconds: time.tv_sec as f64 + time.tv_nsec as f64 / 1e9 }
+    }
+
+    fn frequency_hz(self) -> f64 {
+        let now = Self::now();
+        (now.counter - self.counter) as f64 / (now.seconds - self.seconds)
+    }
+}
+
+/// Never returns.
+pub fn main() -> ! {
+    let beginning = Beginning::now();
+    std::panic::set_hook(Box::new(|panic| console(&format!("lab-init: {panic}"))));
+    if let Err(error) = serve(beginning) {
+        console(&format!("lab-init: {error:#}"));
+    }
+    // An ending PID 1 would take the kernel with it and hide the reason; the build machine ends the emulator.
+    loop {
+        thread::park();
+    }
+}
+
+fn console(text: &str) {
+    if let Ok(mut console) = fs::OpenOptions::new().write(true).open("/dev/console") {
+        // There is nobody left to tell when even this fails.
+        let _ = writeln!(console, "{text}");
+    }
+}
+
+fn serve(beginning: Beginning) -> Result<()> {
+    mounts::all()?;
+    let command_line = read("/proc/cmdline")?;
+    // SAFETY: no other thread exists yet, so nobody reads the environment meanwhile.
+    unsafe { std::env::set_var("KHO_VMM_INIT_COUNTER", beginning.counter.to_string()) };
+    // SAFETY: as above.
+    unsafe { std::env::set_var("PATH", "/bin:/sbin:/usr/bin") };
+    let processes = Processes::new();
+    // Before the port is even looked for: every millisecond here is a millisecond in which guests stand still.
+    let restore = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(RESTORE)?.strip_prefix('='))
+        .map(|output| processes.spawn(&restore_command(), &[], output))
+        .transpose()?;
+    let port = port::open()?;
+    let mut reader = BufReader::new(port.try_clone().context("cannot duplicate the port")?);
+    let writer = Arc::new(Mutex::new(port));
+    say(
+        &writer,
+        &Say::Hello(Hello {
+            release: read("/proc/sys/kernel/osrelease")?,
+            init_counter: beginning.counter,
+            command_line,
+            restore,
+        }),
+    )?;
+    processes.report_exits({
+        let writer = writer.clone();
+        move |exit| say(&writer, &exit)
+    });
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if reader.read_line(&mut line).context("cannot read the port")? == 0 {
+            anyhow::bail!("the build machine has gone");
+        }
+        let Request { id, ask } = serde_json::from_str(&line).with_context(|| format!("not a request: {line}"))?;
+        let answer = answer(&processes, &writer, beginning, id, ask)
+            .unwrap_or_else(|error| Answer::Failed { reason: format!("{error:#}") });
+        say(&writer, &Say::Reply { id, answer })?;
+    }
+}
+
+fn restore_command() -> Vec<String> {
+    ["vmm", "restore", "--all", "--json"].map(String::from).to_vec()
+}
+
+fn answer(processes: &Processes, writer: &Mutex<fs::File>, beginning: Beginning, id: u64, ask: Ask) -> Result<Answer> {
+    Ok(match ask {
+        Ask::Spawn { argv, env, output } => Answer::Started { pid: processes.spawn(&argv, &env, &output)? },
+        Ask::Signal { pid, signal } => {
+            processes::signal(pid, signal)?;
+            Answer::Done
+        }
+        Ask::Kexec { kernel, initrd, command_line } => {
+            kexec::load(&kernel, &initrd, &command_line)?;
+            // Said before the call, as nothing can be said after it; the counter is read last so that it times the kexec alone.
+            let announce = |counter| say(writer, &Say::Reply { id, answer: Answer::Rebooting { counter } });
+            announce(counter())?;
+            kexec::commit()?;
+            unreachable!("the reboot call returned without an error")
+        }
+        Ask::Read { path } => Answer::Content {
+            content: String::from_utf8_lossy(&fs::read(&path).with_context(|| format!("cannot read {path}"))?)
+                .into_owned(),
+        },
+        Ask::Write { path, content } => {
+            fs::write(&path, content).with_context(|| format!("cannot write {path}"))?;
+            Answer::Done
+        }
+        Ask::Counter => Answer::Counter { counter: counter(), frequency_hz: beginning.frequency_hz() },
+        Ask::PowerOff => {
+            rustix::system::reboot(rustix::system::RebootCommand::PowerOff).context("cannot power off")?;
+            Answer::Done
+        }
+    })
+}
+
+fn say(writer: &Mutex<fs::File>, say: &Say) -> Result<()> {
+    // A leading newline ends whatever an earlier kernel may have left half said.
+    let mut line = String::from("\n");
+    line.push_str(&serde_json::to_string(say).context("cannot encode what to say")?);
+    line.push('\n');
+    let mut port = writer.lock().map_err(|_| anyhow::anyhow!("another thread died while it wrote to the port"))?;
+    port.write_all(line.as_bytes()).context("cannot write to the port")
+}
+
+fn read(path: &str) -> Result<String> {
+    Ok(fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
+}
+
+/// Where a program's output goes.
+fn share(name: &str) -> String {
+    format!("{SHARE}/{name}")
+}

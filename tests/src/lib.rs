@@ -1,0 +1,21 @@
+//! The lab: a KVM host inside QEMU whose kernel can be replaced while VMs run on it, and the developer's commands around it.
+//!
+//! [`host::Host`] is that machine, driven over a virtio-serial port ([`link`]) by its PID 1 ([`init`]); [`guests`] is what
+//! runs on it; [`demo`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`] and [`image`]
+//! make what they need.
+pub mod arch;
+pub mod architecture;
+pub mod cargo;
+pub mod check;
+pub mod demo;
+pub mod guests;
+pub mod host;
+pub mod image;
+pub mod init;
+pub mod kernels;
+pub mod link;
+pub mod operator;
+pub mod paths;
+pub mod products;
+pub mod run;
+pub mod setup;

@@ -1,0 +1,107 @@
+//! The ACPI tables of a guest: hardware-reduced, so that there is no more hardware in them than there is in the machine: the
+//! interrupt controllers, the serial port, power-off and reset.
+
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, aml};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::super::boot::BootError;
+use super::platform::{POWER_PORT, SERIAL_INTERRUPT, SERIAL_PORT};
+use super::power;
+use crate::device::serial;
+
+const OEM: [u8; 6] = *b"KHOVMM";
+const OEM_TABLE: [u8; 8] = *b"KHOVMM  ";
+const REVISION: u32 = 1;
+
+const LAPIC_ADDRESS: u32 = 0xfee0_0000;
+const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
+
+/// Where the tables lie: in the BIOS area, which guests search for the first of them.
+pub const START: u64 = 0xe_0000;
+/// Where the BIOS area ends.
+const END: u64 = 0x10_0000;
+
+/// Lays tables one behind the other.
+struct Writer<'a> {
+    memory: &'a GuestMemoryMmap,
+    next: u64,
+}
+
+impl Writer<'_> {
+    fn write(&mut self, table: &dyn Aml) -> Result<u64, BootError> {
+        let mut bytes = Vec::new();
+        table.to_aml_bytes(&mut bytes);
+        let address = self.next;
+        self.next = (address + bytes.len() as u64).next_multiple_of(16);
+        if self.next > END {
+            return Err(BootError::NoRoom("the ACPI tables"));
+        }
+        self.memory.write_slice(&bytes, GuestAddress(address)).map_err(BootError::Memory)?;
+        Ok(address)
+    }
+}
+
+/// Writes the tables for `cpus` vCPUs and returns the address of the root pointer.
+pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> Result<u64, BootError> {
+    // The root pointer comes first, where a search finds it at once; its content is known last.
+    let root = START;
+    let mut writer = Writer { memory, next: root + 64 };
+    let dsdt = writer.write(&dsdt())?;
+
+    let register =
+        |offset: u64| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(POWER_PORT) + offset);
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.reset_reg = register(power::RESET);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = register(power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = register(power::SLEEP_STATUS);
+    let fadt = writer.write(&fadt.finalize())?;
+
+    let mut madt = MADT::new(OEM, OEM_TABLE, REVISION, LocalInterruptController::Address(LAPIC_ADDRESS));
+    for id in 0..cpus {
+        let id = u8::try_from(id).map_err(|_| BootError::NoRoom("more than 255 vCPUs without x2APIC"))?;
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    // Next to the 255 ids that LAPICs can have; nothing asks for it.
+    madt.add_structure(IoApic::new(0, IOAPIC_ADDRESS, 0));
+    let madt = writer.write(&madt)?;
+
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = writer.write(&xsdt)?;
+    writer.next = root;
+    writer.write(&Rsdp::new(OEM, xsdt))
+}
+
+fn dsdt() -> Sdt {
+    let mut bytes = Vec::new();
+    let name = aml::EISAName::new("PNP0501");
+    let ports = aml::IO::new(SERIAL_PORT, SERIAL_PORT, 0, serial::SIZE as u8);
+    let interrupt = aml::Interrupt::new(true, true, false, false, SERIAL_INTERRUPT);
+    aml::Device::new(
+        "_SB_.COM1".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &name),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&interrupt, &ports])),
+        ],
+    )
+    .to_aml_bytes(&mut bytes);
+    aml::Name::new("_S5_".into(), &aml::Package::new(vec![&power::SLEEP_TYPE_OFF])).to_aml_bytes(&mut bytes);
+    let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, REVISION);
+    table.append_slice(&bytes);
+    table
+}

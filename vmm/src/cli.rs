@@ -1,0 +1,341 @@
+//! The command line: what can be asked for, and what is refused before anything is touched.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::SerialConfig;
+
+/// Exit statuses, as scripts rely on them.
+pub mod status {
+    /// Done; of `run`: the guest powered off.
+    pub const DONE: u8 = 0;
+    /// Failed; what was begun is undone.
+    pub const FAILED: u8 = 1;
+    /// The guest reset itself.
+    pub const GUEST_RESET: u8 = 10;
+    /// The guest crashed beyond its own handling.
+    pub const GUEST_TRIPLE_FAULT: u8 = 11;
+    /// The operator ended the VM.
+    pub const STOPPED: u8 = 12;
+    /// This VM cannot be restored here.
+    pub const RESTORE_REFUSED: u8 = 20;
+    /// The last kernel handed nothing over.
+    pub const NOTHING_HANDED_OVER: u8 = 21;
+    /// Some VMs were not restored.
+    pub const KEPT: u8 = 22;
+}
+
+const EXIT_STATUSES: &str = "\
+Exit status:
+   0  done; of `run`: the guest powered off
+   1  failed; whatever was begun is undone, and guests run on
+   2  wrong usage; nothing was touched
+  10  the guest reset itself (`run`)
+  11  the guest crashed with a triple fault (`run`)
+  12  the operator stopped the VM (`run`)
+  20  this VM cannot be restored here (`run`, when started by `restore`)
+  21  the last kernel handed nothing over (`restore`)
+  22  some VMs could not be restored and are kept in memory (`restore`)
+
+Environment:
+  KHO_VMM_RUN_DIR       the folder of the VMs' sockets, instead of /run/vmm
+  KHO_VMM_INIT_COUNTER  the raw counter (TSC, CNTVCT) at which init was reached, for the timeline (`restore`)
+  KHO_VMM_FAULT         faults to inject, for tests: POINT[/VM]=kill|fail|stall|flip[@ATTEMPT], comma-separated";
+
+/// A virtual machine monitor whose guests outlive a change of the host's kernel
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = EXIT_STATUSES, after_help = "`vmm --help` tells the exit statuses.")]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to log
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What is logged, on the standard error stream.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct LogArgs {
+    /// How much to log, on the standard error stream
+    #[arg(long = "log", global = true, value_name = "LEVEL", default_value = "warn")]
+    pub level: LogLevel,
+    /// How to log
+    #[arg(long = "log-format", global = true, value_name = "FORMAT", default_value = "text")]
+    pub format: LogFormat,
+}
+
+impl LogArgs {
+    /// The same, as arguments for another `vmm`.
+    pub fn arguments(self) -> Vec<String> {
+        let level = self.level.to_possible_value().map(|value| format!("--log={}", value.get_name()));
+        let format = self.format.to_possible_value().map(|value| format!("--log-format={}", value.get_name()));
+        level.into_iter().chain(format).collect()
+    }
+}
+
+/// How much to log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What failed.
+    Error,
+    /// And what looks wrong.
+    Warn,
+    /// And what happens.
+    Info,
+    /// And why.
+    Debug,
+    /// And everything else.
+    Trace,
+}
+
+/// How to log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a VM and stay until it ends
+    Run(Box<RunArgs>),
+    /// Replace the host's kernel while its VMs wait in memory
+    ///
+    /// Preserves the memory of all VMs while they run, pauses them, and boots the next kernel by kexec. Whatever goes
+    /// wrong before that is undone, and all guests run on. Under the next kernel, `vmm restore --all` brings them back.
+    Update(UpdateArgs),
+    /// Bring back the VMs that the last kernel handed over
+    Restore(RestoreArgs),
+    /// List the VMs of this host
+    List(JsonArg),
+    /// Show one VM, and the timeline of the live update it came through
+    Status(StatusArgs),
+    /// Pause a VM's guest
+    Pause(NameArg),
+    /// Let a paused guest run on
+    Resume(NameArg),
+    /// End a VM, as if its power were cut
+    Stop(NameArg),
+}
+
+/// `vmm run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Name of the VM: 1 to 48 letters, digits, - and _
+    #[arg(long, value_parser = vm_name, required_unless_present = "restore")]
+    pub name: Option<String>,
+    /// Kernel of the guest: on x86_64 a bzImage, or an ELF file with a PVH entry point; on aarch64 an Image or Image.gz
+    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system of the guest
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Command line of the guest's kernel
+    #[arg(long, value_name = "STRING", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Memory of the guest: bytes, or with a suffix of K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    pub memory: u64,
+    /// First serial port of the guest: stdio, file=PATH, socket=PATH or off
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: SerialConfig,
+    /// Build the VM from what arrives on this file descriptor (used by `vmm restore`)
+    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial"])]
+    pub restore: Option<i32>,
+}
+
+/// `vmm update`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("command_line").args(["append", "reuse_cmdline"])))]
+pub struct UpdateArgs {
+    /// The next kernel of this host
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Its initial RAM file system
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line; must contain kho=on and liveupdate=on
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Give it the command line of the running kernel
+    #[arg(long)]
+    pub reuse_cmdline: bool,
+    /// Seconds that each phase may take before all is undone
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub timeout: Duration,
+    /// Seconds that preserving the guests' memory may take; guests run meanwhile, and memory they have not used yet has to
+    /// be filled in first
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
+    pub prepare_timeout: Duration,
+    /// Do everything but the reboot, undo it, and report how long each phase took
+    #[arg(long)]
+    pub rehearse: bool,
+    /// Report in JSON, one object per line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmm restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// All VMs that were handed over
+    #[arg(long, required = true)]
+    pub all: bool,
+    /// Report in JSON, one object per line
+    #[arg(long)]
+    pub json: bool,
+    /// Do the work in this process, for a service manager, instead of in one of its own
+    #[arg(long)]
+    pub foreground: bool,
+    /// Be the process that does the work (used by `vmm restore`)
+    #[arg(long, hide = true, conflicts_with = "foreground")]
+    pub supervise: bool,
+    /// The index's session, retrieved already, on this file descriptor (used by `vmm update`)
+    #[arg(long, value_name = "FD", hide = true, requires = "supervise")]
+    pub index_session: Option<i32>,
+}
+
+/// A verb that only lists.
+#[derive(Debug, Args)]
+pub struct JsonArg {
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmm status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Name of the VM
+    #[arg(value_parser = vm_name)]
+    pub name: String,
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A verb about one VM.
+#[derive(Debug, Args)]
+pub struct NameArg {
+    /// Name of the VM
+    #[arg(value_parser = vm_name)]
+    pub name: String,
+}
+
+fn vm_name(text: &str) -> Result<String, String> {
+    if kho_abi::names::is_valid_vm_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a VM's name has 1 to 48 characters: letters, digits, - and _, the first a letter or digit".to_owned())
+    }
+}
+
+/// A size in bytes: a plain number, or one with a suffix of K, M, G or T (powers of 1024).
+fn size(text: &str) -> Result<u64, String> {
+    let expected = || "expected bytes, or a number with a suffix of K, M, G or T, such as 512M".to_owned();
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    // `parse` alone would let a sign through.
+    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(expected());
+    }
+    let number: u64 = digits.parse().map_err(|_| "more than 64 bits can hold".to_owned())?;
+    match number.checked_mul(1 << shift) {
+        Some(0) => Err("zero bytes".to_owned()),
+        Some(bytes) => Ok(bytes),
+        None => Err("more than 64 bits can hold".to_owned()),
+    }
+}
+
+/// A time-out: up to a day, as more than that is a slip of the finger.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "expected seconds, such as 30 or 0.5".to_owned())?;
+    if seconds > 0.0 && seconds <= 86_400.0 {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err("expected seconds, more than 0 and up to 86400".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_strictly() {
+        for (text, bytes) in
+            [("1", 1), ("4096", 4096), ("512M", 512 << 20), ("1G", 1 << 30), ("2t", 2 << 40), ("3k", 3072)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in [
+            "",
+            "M",
+            "0",
+            "0G",
+            "-1",
+            "+1",
+            "1.5G",
+            "1GB",
+            "1 G",
+            "0x10",
+            "G1",
+            "16777216T",
+            "99999999999999999999",
+            "1é",
+        ] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn timeouts_are_read_strictly() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["", "0", "-1", "nan", "inf", "1e9", "30s"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn run_needs_name_and_kernel_unless_it_restores() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("vmm run --name a --kernel k --append --x --memory 1G").is_ok());
+        assert!(parse("vmm run --restore 3").is_ok());
+        for line in [
+            "vmm run --kernel k",
+            "vmm run --name a",
+            "vmm run --name a/b --kernel k",
+            "vmm run --name a --kernel k --memory 1X",
+            "vmm run --name a --kernel k --serial tty",
+            "vmm run --restore 3 --name a",
+            "vmm restore",
+            "vmm update --initrd i",
+            "vmm update --kernel k --append x --reuse-cmdline",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! How a VM is talked to: one Varlink socket per VM, served by the VM, used by the `vmm` verbs.
+
+pub mod client;
+pub mod interface;
+pub mod lease;
+pub mod server;
+pub mod socket;

@@ -1,0 +1,274 @@
+//! `/dev/liveupdate`: sessions, and the files in them (Linux `include/uapi/linux/liveupdate.h`).
+//!
+//! Closing means something here. An *outgoing* session (created in this kernel) that is closed gives up all files put
+//! into it: it must be held until the reboot. An *incoming* session (retrieved from the last kernel) that is closed
+//! frees every file not yet retrieved from it: it must be held until its VM runs.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use kho_abi::uapi;
+
+/// The device.
+pub const DEVICE: &str = "/dev/liveupdate";
+
+/// What can go wrong with the live update orchestrator.
+#[derive(Debug, thiserror::Error)]
+pub enum LuoError {
+    /// The kernel has none.
+    #[error("this kernel has no {DEVICE}")]
+    Absent,
+    /// The device admits one process at a time.
+    #[error("{DEVICE} is held by {holder}, still so after {} s", patience.as_secs())]
+    Busy {
+        /// Who has it open.
+        holder: String,
+        /// How long we waited.
+        patience: Duration,
+    },
+    /// The device does not open.
+    #[error("cannot open {DEVICE}")]
+    Open {
+        /// Why.
+        source: io::Error,
+    },
+    /// Nothing was handed over under this name.
+    #[error("the last kernel handed over no session called {session}")]
+    NotHandedOver {
+        /// The session.
+        session: String,
+    },
+    /// Another process has retrieved it and holds it.
+    #[error("another process already holds the session {session} from the last kernel")]
+    HeldElsewhere {
+        /// The session.
+        session: String,
+    },
+    /// The name is in use.
+    #[error("a session called {session} exists already")]
+    NameTaken {
+        /// The session.
+        session: String,
+    },
+    /// The name does not fit.
+    #[error("'{session}' cannot be the name of a session")]
+    Name {
+        /// The session.
+        session: String,
+    },
+    /// Anything else about a session.
+    #[error("cannot {operation} the session {session}")]
+    Session {
+        /// What was tried.
+        operation: &'static str,
+        /// On which.
+        session: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Anything about a file in a session.
+    #[error("cannot {operation} file {token:#x} of the session {session}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// In which session.
+        session: String,
+        /// The file's number.
+        token: u64,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl LuoError {
+    /// What the operator can do about it.
+    pub fn help(&self) -> Option<String> {
+        let code = |source: &io::Error| source.raw_os_error().unwrap_or_default();
+        let help = match self {
+            Self::Absent => {
+                "boot a kernel built with CONFIG_LIVEUPDATE, with `kho=on liveupdate=on` on its command line \
+                 (7.2 or newer)"
+            }
+            Self::Busy { .. } => "let that process finish, or end it, and try again",
+            Self::Open { source } if code(source) == libc::EIO => {
+                "the kernel cannot read what the last one handed over (see `dmesg | grep -i luo`): it is kept in \
+                 memory until the next reboot, and only a kernel with the same handover format can read it"
+            }
+            Self::Open { source } if matches!(code(source), libc::EACCES | libc::EPERM) => "run vmm as root",
+            Self::NameTaken { .. } => "another live update is in preparation: wait for it to end",
+            Self::HeldElsewhere { .. } => "`vmm restore --all` is at work, or keeps a VM: see `vmm list`",
+            Self::File { operation: "preserve", source, .. } => match code(source) {
+                libc::EBUSY => {
+                    "the file is preserved in another session: an earlier live update is not finished, see `vmm list`"
+                }
+                libc::ENOENT => "the kernel preserves no such file: RAM has to be a memfd without huge pages (hugetlb)",
+                libc::ENOMEM => "not enough free memory to back all of the guest: free some, or use fewer guests",
+                libc::EINVAL => "the memfd has seals that do not survive a live update",
+                _ => return None,
+            },
+            Self::File { operation: "retrieve", source, .. } => match code(source) {
+                libc::ENOMEM => {
+                    "the retrieving process may not have that much memory: lift memory.max of its cgroup and \
+                     reboot; this file's memory is lost"
+                }
+                libc::ENOENT => "the last kernel did not hand that file over",
+                _ => return None,
+            },
+            _ => return None,
+        };
+        Some(help.to_owned())
+    }
+}
+
+/// Calls a live update request.
+fn request<T>(file: BorrowedFd<'_>, number: u32, argument: &mut T) -> io::Result<()> {
+    // SAFETY: every request of this interface reads and writes no more than the struct whose size is in its first field.
+    // The callers below pass the struct that belongs to the number, whose Default has filled that size in; it lives
+    // and is borrowed exclusively for the call.
+    let result =
+        unsafe { libc::ioctl(file.as_raw_fd(), libc::c_ulong::from(number) as _, std::ptr::from_mut(argument)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Takes over a descriptor that a request returned.
+fn adopt(descriptor: i32) -> io::Result<OwnedFd> {
+    if descriptor < 0 {
+        return Err(io::Error::other("the kernel returned no file"));
+    }
+    // SAFETY: the kernel has just installed this descriptor for us, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// The open device. It admits one opener on the host, so it is kept open no longer than it takes to get the sessions,
+/// which outlive it.
+#[derive(Debug)]
+pub struct Device(File);
+
+impl Device {
+    /// Opens the device, waiting up to `patience` while another process has it.
+    pub fn open(patience: Duration) -> Result<Self, LuoError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let source = match OpenOptions::new().read(true).write(true).open(DEVICE) {
+                Ok(file) => return Ok(Self(file)),
+                Err(source) => source,
+            };
+            match source.raw_os_error() {
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => return Err(LuoError::Absent),
+                Some(libc::EBUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+                Some(libc::EBUSY) => return Err(LuoError::Busy { holder: holder(), patience }),
+                _ => return Err(LuoError::Open { source }),
+            }
+        }
+    }
+
+    /// Creates a session to be handed to the next kernel.
+    pub fn create_session(&self, name: &str) -> Result<OutgoingSession, LuoError> {
+        let field = uapi::session_name(name).ok_or_else(|| LuoError::Name { session: name.to_owned() })?;
+        let mut argument = uapi::CreateSession { name: field, ..Default::default() };
+        let session = request(self.0.as_fd(), uapi::CREATE_SESSION, &mut argument).and_then(|()| adopt(argument.fd));
+        let session = session.map_err(|source| match source.raw_os_error() {
+            Some(libc::EEXIST) => LuoError::NameTaken { session: name.to_owned() },
+            _ => LuoError::Session { operation: "create", session: name.to_owned(), source },
+        })?;
+        Ok(OutgoingSession { file: session, name: name.to_owned() })
+    }
+
+    /// Retrieves a session that the last kernel handed over. There is no way to look without taking.
+    pub fn retrieve_session(&self, name: &str) -> Result<IncomingSession, LuoError> {
+        let field = uapi::session_name(name).ok_or_else(|| LuoError::Name { session: name.to_owned() })?;
+        let mut argument = uapi::RetrieveSession { name: field, ..Default::default() };
+        let session = request(self.0.as_fd(), uapi::RETRIEVE_SESSION, &mut argument).and_then(|()| adopt(argument.fd));
+        let session = session.map_err(|source| match source.raw_os_error() {
+            Some(libc::ENOENT) => LuoError::NotHandedOver { session: name.to_owned() },
+            Some(libc::EINVAL) => LuoError::HeldElsewhere { session: name.to_owned() },
+            _ => LuoError::Session { operation: "retrieve", session: name.to_owned(), source },
+        })?;
+        Ok(IncomingSession { file: session, name: name.to_owned() })
+    }
+}
+
+/// Who has the device open, as far as /proc tells.
+fn holder() -> String {
+    let holds = |process: &fs::DirEntry| {
+        let files = fs::read_dir(process.path().join("fd")).ok()?;
+        files
+            .flatten()
+            .any(|file| fs::read_link(file.path()).is_ok_and(|path| path.as_os_str() == DEVICE))
+            .then_some(())
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let found = processes.filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit)).find_map(
+        |process| {
+            holds(&process)?;
+            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            Some(format!("process {} ({})", process.file_name().display(), name.trim()))
+        },
+    );
+    found.unwrap_or_else(|| "a process that /proc does not show".to_owned())
+}
+
+/// A session to be handed to the next kernel. Dropping it gives up all that was put into it.
+#[derive(Debug)]
+pub struct OutgoingSession {
+    file: OwnedFd,
+    name: String,
+}
+
+impl OutgoingSession {
+    /// The name to retrieve it by.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Puts a file into it. A memfd stays readable and writable, but not resizable; all its holes are filled.
+    pub fn preserve(&self, token: u64, file: BorrowedFd<'_>) -> Result<(), LuoError> {
+        let mut argument = uapi::PreserveFd { fd: file.as_raw_fd(), token, ..Default::default() };
+        request(self.file.as_fd(), uapi::PRESERVE_FD, &mut argument).map_err(|source| LuoError::File {
+            operation: "preserve",
+            session: self.name.clone(),
+            token,
+            source,
+        })
+    }
+}
+
+/// A session from the last kernel. Dropping it frees every file that has not been retrieved.
+#[derive(Debug)]
+pub struct IncomingSession {
+    file: OwnedFd,
+    name: String,
+}
+
+impl IncomingSession {
+    /// A session that another process of ours has retrieved and passed on.
+    pub fn adopt(file: OwnedFd, name: &str) -> Self {
+        Self { file, name: name.to_owned() }
+    }
+
+    /// Takes a file out of it; the same file each time, until the session is finished. A failure is final: the kernel
+    /// frees what it could not restore.
+    pub fn retrieve(&self, token: u64) -> Result<OwnedFd, LuoError> {
+        let mut argument = uapi::RetrieveFd { token, ..Default::default() };
+        request(self.file.as_fd(), uapi::RETRIEVE_FD, &mut argument)
+            .and_then(|()| adopt(argument.fd))
+            .map_err(|source| LuoError::File { operation: "retrieve", session: self.name.clone(), token, source })
+    }
+
+    /// Ends the handover of its files: from now on they live as long as somebody has them open.
+    pub fn finish(self) -> Result<(), LuoError> {
+        request(self.file.as_fd(), uapi::FINISH, &mut uapi::Finish::default()).map_err(|source| LuoError::Session {
+            operation: "finish",
+            session: self.name.clone(),
+            source,
+        })
+    }
+}
+
+impl From<IncomingSession> for OwnedFd {
+    fn from(session: IncomingSession) -> Self {
+        session.file
+    }
+}

@@ -1,0 +1,10 @@
+//! What concerns the host: its VMs as a whole, its kernel, and the verbs an operator uses.
+
+pub mod kept;
+pub mod kexec;
+pub mod report;
+pub mod restore;
+pub mod run;
+pub mod signals;
+pub mod update;
+pub mod verbs;

@@ -1,0 +1,221 @@
+//! `vmm restore --all`: brings back the VMs that the last kernel handed over.
+//!
+//! The work is done by a supervisor, a process of its own that holds what was handed over until the VMs run; the
+//! command that the operator started only relays what it says. So nothing is lost with the operator's terminal. With
+//! `--foreground`, for a service manager, the command is the supervisor.
+
+mod supervisor;
+mod vm_process;
+
+use std::fs::OpenOptions;
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::Context;
+use kho_abi::document::timeline::Phase;
+use rustix::io::FdFlags;
+use serde_json::{Value, json};
+
+use self::supervisor::Supervisor;
+use super::report;
+use super::run::adopt_descriptor;
+use super::signals::{self, Signals};
+use crate::cli::{LogArgs, RestoreArgs, status};
+use crate::control::socket::RunDir;
+use crate::handover::luo::IncomingSession;
+
+/// The raw counter when init was reached, as init itself noted it.
+const INIT_COUNTER: &str = "KHO_VMM_INIT_COUNTER";
+
+/// What the supervisor said when it could not do its work.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct SupervisorError {
+    message: String,
+    help: Option<String>,
+}
+
+impl SupervisorError {
+    /// What the operator can do about it.
+    pub fn help(&self) -> Option<String> {
+        self.help.clone()
+    }
+}
+
+/// Carries out the verb, or the part of it that this process is for.
+pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64) -> anyhow::Result<u8> {
+    let init_reached = std::env::var(INIT_COUNTER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(started);
+    if !arguments.supervise && !arguments.foreground {
+        return front(dir, arguments.json, log, init_reached);
+    }
+    if arguments.supervise {
+        // Away from the operator's terminal and its signals.
+        if let Err(error) = rustix::process::setsid() {
+            tracing::debug!(%error, "this is a session of its own already");
+        }
+    }
+    // Whoever wants this process to end would end the VMs that are not running yet.
+    let signals = Signals::hold().context("cannot hold back signals")?;
+    let watch = signals.watch(|signal| {
+        tracing::warn!("{} is ignored: guests' memory is held here that would be lost", signals::name(signal));
+        true
+    });
+    watch.context("cannot watch for signals")?;
+    let session = arguments.index_session.map(adopt_descriptor).transpose()?;
+    let session = session.map(|file| IncomingSession::adopt(file, kho_abi::names::INDEX_SESSION));
+    let json = arguments.json || arguments.supervise;
+    let relay = |event: &Value| show(event, json);
+    let supervisor = Supervisor { dir, log, detached: arguments.supervise, init_reached, relay: &relay };
+    match supervisor.supervise(session) {
+        Ok(status) => Ok(status),
+        Err(error) => {
+            relay(&json!({
+                "event": "result", "result": "failed", "error": format!("{error:#}"), "help": crate::help(&error),
+                "vms": [],
+            }));
+            Err(error)
+        }
+    }
+}
+
+/// Starts the supervisor and relays what it says, up to its result.
+fn front(dir: &RunDir, json: bool, log: LogArgs, init_reached: u64) -> anyhow::Result<u8> {
+    dir.create()?;
+    let mut command = vmm(log);
+    command.args(["restore", "--all", "--supervise"]).env(INIT_COUNTER, init_reached.to_string());
+    command.stdout(Stdio::piped()).stderr(supervisor_log(dir)?);
+    let mut supervisor = command.spawn().context("cannot start the process that restores")?;
+    let output = supervisor.stdout.take().context("cannot listen to the process that restores")?;
+    for line in BufReader::new(output).lines() {
+        let line = line.context("cannot listen to the process that restores")?;
+        let event: Value = serde_json::from_str(&line).context("the process that restores says something odd")?;
+        show(&event, json);
+        if event["event"] == "result" {
+            // It may well live on, where VMs are kept: this does not wait for it.
+            return conclude(&event);
+        }
+    }
+    let ended = supervisor.wait().context("cannot wait for the process that restores")?;
+    Err(SupervisorError {
+        message: format!("the process that restores ended without a result ({ended})"),
+        help: Some(format!("see {}; `vmm list` shows what runs", dir.supervisor_log().display())),
+    }
+    .into())
+}
+
+/// Turns the result into the exit status.
+fn conclude(result: &Value) -> anyhow::Result<u8> {
+    match result["result"].as_str() {
+        Some("restored") => Ok(status::DONE),
+        Some("kept") => Ok(status::KEPT),
+        Some("nothing") => Ok(status::NOTHING_HANDED_OVER),
+        _ => Err(SupervisorError {
+            message: result["error"].as_str().unwrap_or("the restore failed").to_owned(),
+            help: result["help"].as_str().map(str::to_owned),
+        }
+        .into()),
+    }
+}
+
+/// Has a supervisor of its own take over an index session that has been retrieved already, and returns its process.
+pub fn supervise_session(session: IncomingSession) -> io::Result<u32> {
+    let session = OwnedFd::from(session);
+    let dir = RunDir::from_environment();
+    // Nobody waits for this one, so it is not told how to log.
+    let mut command = this_program();
+    command.args(["restore", "--all", "--supervise", "--index-session", &session.as_raw_fd().to_string()]);
+    command.stdout(Stdio::null()).stderr(supervisor_log(&dir)?);
+    inherit(&mut command, session.as_raw_fd());
+    command.spawn().map(|child: Child| child.id())
+}
+
+fn supervisor_log(dir: &RunDir) -> io::Result<Stdio> {
+    let path = dir.supervisor_log();
+    Ok(OpenOptions::new().append(true).create(true).mode(0o600).open(path)?.into())
+}
+
+/// This very program, even where its file has been replaced or deleted meanwhile.
+fn this_program() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("vmm").stdin(Stdio::null());
+    command
+}
+
+fn vmm(log: LogArgs) -> Command {
+    let mut command = this_program();
+    command.args(log.arguments());
+    command
+}
+
+/// Lets the command have `descriptor`, and the signals that this process holds back.
+fn inherit(command: &mut Command, descriptor: i32) {
+    let prepare = move || {
+        // SAFETY: the caller keeps the file open until the command has been started, and the child has a copy of it.
+        let file = unsafe { BorrowedFd::borrow_raw(descriptor) };
+        rustix::io::fcntl_setfd(file, FdFlags::empty())?;
+        signals::release_in_child()
+    };
+    // SAFETY: between fork and exec this makes two system calls, which are async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(prepare) };
+}
+
+/// Shows an event: to programs as it is, to people in words.
+fn show(event: &Value, json: bool) {
+    if json {
+        report::print_json(event);
+    } else if let Some(text) = words(event) {
+        report::print(&text);
+    }
+}
+
+/// An event in words.
+fn words(event: &Value) -> Option<String> {
+    let text = |key: &str| event[key].as_str().unwrap_or_default();
+    let line = |what: String| Some(format!("{:>9.1} ms  {what}", event["ms"].as_f64().unwrap_or_default()));
+    match text("event") {
+        "phase" if text("phase") == Phase::IndexRetrieved.name() => line(format!(
+            "{} VM(s) were handed over by kernel {}",
+            event["vms"].as_u64().unwrap_or_default(),
+            text("kernel_from")
+        )),
+        "phase" => line(format!("{}: {}", text("vm"), text("phase"))),
+        "attempt-failed" => line(format!("{}: attempt {} failed: {}", text("vm"), event["attempt"], text("reason"))),
+        "running" => line(match event["blackout_ms"].as_f64() {
+            Some(blackout) => format!("{}: runs again, after {blackout:.1} ms", text("vm")),
+            None => format!("{}: runs again", text("vm")),
+        }),
+        "kept" => line(format!("{}: NOT restored, its memory is kept: {}", text("vm"), text("reason"))),
+        "result" => match text("result") {
+            "restored" => Some("all VMs are restored".to_owned()),
+            "kept" => Some("some VMs are not restored; `vmm list` tells which, and why".to_owned()),
+            "nothing" => Some("nothing was handed over by the last kernel".to_owned()),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_decides_the_exit_status() {
+        for (result, expected) in [("restored", 0), ("kept", 22), ("nothing", 21)] {
+            assert_eq!(conclude(&json!({"result": result})).unwrap(), expected);
+        }
+        let error = conclude(&json!({"result": "failed", "error": "what: why", "help": "do"})).unwrap_err();
+        assert_eq!(error.to_string(), "what: why");
+        assert_eq!(error.downcast_ref::<SupervisorError>().unwrap().help().as_deref(), Some("do"));
+    }
+
+    #[test]
+    fn events_are_told_in_words() {
+        let event = json!({"event": "kept", "vm": "a", "ms": 12.34, "reason": "no"});
+        assert_eq!(words(&event).unwrap(), "     12.3 ms  a: NOT restored, its memory is kept: no");
+        assert_eq!(words(&json!({"event": "unknown"})), None);
+    }
+}

@@ -1,0 +1,152 @@
+//! `vmm run`: the process that a VM lives in, whether it starts from nothing or from what the last kernel handed over.
+
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use kho_abi::document::timeline::TimelineV1;
+use rustix::io::FdFlags;
+
+use crate::arch;
+use crate::cli::{RunArgs, status};
+use crate::config::VmConfig;
+use crate::control::interface::marks;
+use crate::control::server::{self, chain};
+use crate::control::socket::{Claim, RunDir, SocketError};
+use crate::handover::channel::{self, Event, Received};
+use crate::host::kept::KeptVm;
+use crate::host::signals::{self, Signals};
+use crate::vm::{Ending, Incoming, Vm};
+
+/// Runs a VM until it ends.
+pub fn run(dir: &RunDir, arguments: RunArgs) -> anyhow::Result<u8> {
+    // Before any thread, so that all of them leave these signals to the one that awaits them.
+    let signals = Signals::hold().context("cannot hold back signals")?;
+    match arguments.restore {
+        Some(descriptor) => restored(dir, descriptor, signals),
+        None => cold(dir, arguments, signals),
+    }
+}
+
+fn cold(dir: &RunDir, arguments: RunArgs, signals: Signals) -> anyhow::Result<u8> {
+    let RunArgs { name, kernel, initrd, append, cpus, memory, serial, restore: _ } = arguments;
+    let (Some(name), Some(kernel)) = (name, kernel) else { bail!("--name and --kernel are needed") };
+    if KeptVm::read(dir, &name).is_some() {
+        return Err(SocketError::Kept { name }.into());
+    }
+    let claim = Claim::take(dir, &name)?;
+    // A restored guest does not wait: it knows its clock's rate already.
+    arch::await_counter_calibration();
+    let failed = format!("cannot start VM {name}");
+    let vm = Vm::cold(VmConfig { name, kernel, initrd, append, cpus, memory, serial }).context(failed)?;
+    attend(&claim, &vm, signals)?;
+    vm.run(Box::new(|_| {})).context("cannot run the guest")?;
+    Ok(ended(&vm))
+}
+
+fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u8> {
+    let channel = adopt(descriptor).context("--restore is for `vmm restore` only")?;
+    let Received { handover, state, ram } = channel::receive(&channel)?;
+    tracing::info!(vm = handover.name, attempt = handover.attempt, "restoring");
+    let tell = |event| {
+        if let Err(error) = channel::tell(&channel, &event) {
+            tracing::error!(error = %chain(&error), "cannot tell the supervisor");
+        }
+    };
+    let incoming = Incoming { state, ram, timeline: handover.timeline() };
+    let (claim, vm) = match build(dir, &handover.name, incoming, signals) {
+        Ok(built) => built,
+        Err(Unbuilt::Refused(error)) => {
+            tell(Event::Refused { reason: format!("{error:#}") });
+            tracing::error!("VM {} cannot be restored: {error:#}", handover.name);
+            return Ok(status::RESTORE_REFUSED);
+        }
+        Err(Unbuilt::Failed(error)) => {
+            tell(Event::Failed { reason: format!("{error:#}") });
+            return Err(error);
+        }
+    };
+    tell(Event::MachineBuilt);
+    let started = vm.run(Box::new(move |timeline: &TimelineV1| {
+        // From here on the guest counts as running. A supervisor that cannot hear this is dead, and with it all claim to
+        // start this VM again, so the guest runs in either case.
+        if let Err(error) = channel::tell(&channel, &Event::FirstInstruction { marks: marks(&timeline.marks) }) {
+            tracing::warn!(error = %chain(&error), "cannot tell the supervisor that the guest runs");
+        }
+    }));
+    started.context("cannot run the guest")?;
+    let status = ended(&vm);
+    drop(claim);
+    Ok(status)
+}
+
+/// Why a VM could not be built from what was handed over.
+enum Unbuilt {
+    /// It never will be.
+    Refused(anyhow::Error),
+    /// It may be another time.
+    Failed(anyhow::Error),
+}
+
+/// Everything that can fail, before the guest runs.
+fn build(dir: &RunDir, name: &str, incoming: Incoming, signals: Signals) -> Result<(Claim, Vm), Unbuilt> {
+    let failed = |error: anyhow::Error| Unbuilt::Failed(error);
+    let claim = Claim::take(dir, name).map_err(|error| failed(error.into()))?;
+    let vm = Vm::restored(incoming).map_err(|error| match error.is_refusal() {
+        true => Unbuilt::Refused(error.into()),
+        false => Unbuilt::Failed(error.into()),
+    })?;
+    let built = vm.status().name;
+    if built != name {
+        return Err(Unbuilt::Refused(anyhow!("the document is that of a VM called {built}")));
+    }
+    attend(&claim, &vm, signals).map_err(failed)?;
+    Ok((claim, vm))
+}
+
+/// Opens the VM to its operator: the socket, and the signals that ask it to end.
+fn attend(claim: &Claim, vm: &Vm, signals: Signals) -> anyhow::Result<()> {
+    server::serve(Arc::new(vm.clone()), claim.listen()?).context("cannot start the control thread")?;
+    let stopped = vm.clone();
+    let watch = signals.watch(move |signal| {
+        tracing::info!(signal = signals::name(signal), "ending the VM");
+        stopped.stop();
+        true
+    });
+    watch.context("cannot watch for signals")
+}
+
+/// Waits for the end, and turns it into an exit status.
+fn ended(vm: &Vm) -> u8 {
+    match vm.wait() {
+        Ending::PowerOff => status::DONE,
+        Ending::Reset => status::GUEST_RESET,
+        Ending::TripleFault => {
+            tracing::error!("the guest crashed with a triple fault");
+            status::GUEST_TRIPLE_FAULT
+        }
+        Ending::Stopped => status::STOPPED,
+        Ending::Failed(reason) => {
+            tracing::error!(reason, "the VM failed");
+            status::FAILED
+        }
+    }
+}
+
+/// Takes over a descriptor that this process was started with.
+pub fn adopt_descriptor(descriptor: i32) -> anyhow::Result<OwnedFd> {
+    if descriptor < 3 {
+        bail!("file descriptor {descriptor} is not one to be handed over");
+    }
+    // SAFETY: only looked at here, to see whether it is open at all; fcntl fails where it is not.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    rustix::io::fcntl_setfd(borrowed, FdFlags::CLOEXEC).context("no such file descriptor")?;
+    // SAFETY: it is open, was opened for us by the process that started us, and nothing else in this process uses it:
+    // this is called at most once, before any file of our own could have got that number.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn adopt(descriptor: i32) -> anyhow::Result<UnixStream> {
+    Ok(UnixStream::from(adopt_descriptor(descriptor)?))
+}

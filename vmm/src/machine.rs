@@ -1,0 +1,177 @@
+//! A machine: KVM's VM, its RAM, its platform, its devices. `Machine::new` is the only way one is built, for a cold start as for a
+//! restore.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kho_abi::document::machine::MachineV1;
+use kho_abi::document::vcpu::VcpuState;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::{self, ArchError, BootError, Platform, VcpuArch};
+use crate::bus::Bus;
+use crate::config::{ConfigError, MachineConfig, VmConfig};
+use crate::device::serial::{Serial, SerialError, SerialInput};
+use crate::device::{self, Gate};
+use crate::memory::{MemoryError, Ram};
+use crate::persist;
+use crate::vcpu::{Buses, Vcpu, VcpuError};
+
+/// Why a machine cannot be built, saved or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Its shape is impossible.
+    #[error("the VM cannot be built as asked")]
+    Config(#[from] ConfigError),
+    /// /dev/kvm cannot be opened.
+    #[error("cannot open /dev/kvm: does this host have KVM, and may this user use it?")]
+    Open(#[source] kvm_ioctls::Error),
+    /// KVM, or the state handed over.
+    #[error("cannot build or restore the VM")]
+    Arch(#[from] ArchError),
+    /// RAM.
+    #[error("cannot give the VM its memory")]
+    Memory(#[from] MemoryError),
+    /// The serial port.
+    #[error("cannot build the VM's devices")]
+    Serial(#[from] SerialError),
+    /// A vCPU.
+    #[error("cannot restore the VM")]
+    Vcpu(#[from] VcpuError),
+    /// The event loop.
+    #[error("cannot start the VM's device thread")]
+    EventLoop(#[source] std::io::Error),
+    /// An eventfd.
+    #[error("cannot create an eventfd")]
+    EventFd(#[source] std::io::Error),
+    /// The kernel.
+    #[error("cannot boot the guest")]
+    Boot(#[from] BootError),
+}
+
+/// A machine without its vCPUs.
+pub struct Machine {
+    config: MachineConfig,
+    vm: VmFd,
+    ram: Ram,
+    platform: Platform,
+    serial: Arc<Mutex<Serial>>,
+    gate: Arc<Gate>,
+    buses: Buses,
+}
+
+impl Machine {
+    /// Builds a machine around its RAM, with vCPUs that nobody runs yet. In a restore the vCPUs' states say what the guest
+    /// knows of its processors; all other state is put back by [`Self::restore`].
+    pub fn new(
+        config: MachineConfig,
+        ram: Ram,
+        states: Option<&[VcpuState]>,
+    ) -> Result<(Self, Vec<Vcpu>), MachineError> {
+        config.validate()?;
+        let kvm = Kvm::new().map_err(MachineError::Open)?;
+        let end = ram.ranges().iter().map(|range| range.gpa + range.size).max().unwrap_or(0);
+        let vm = arch::create_vm(&kvm, end)?;
+        let mut platform = Platform::new(&kvm, &vm, config.cpus)?;
+        for (slot, (range, userspace_addr)) in ram.host_addresses().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: range.gpa,
+                memory_size: range.size,
+                userspace_addr,
+            };
+            // SAFETY: the range is a part of `ram`'s mapping, which is never unmapped.
+            unsafe { vm.set_user_memory_region(region) }.map_err(ArchError::kvm("give the VM its memory"))?;
+        }
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let fd = vm.create_vcpu(id.into()).map_err(ArchError::kvm("create a vCPU"))?;
+            let state = states.and_then(|states| states.get(id as usize));
+            let arch = VcpuArch::new(&kvm, &vm, &fd, id, state)?;
+            vcpus.push(Vcpu { id, fd, arch });
+        }
+        platform.complete(&vcpus, states)?;
+        let interrupt = EventFd::new(libc::EFD_NONBLOCK).map_err(MachineError::EventFd)?;
+        platform.connect_serial(&vm, &interrupt)?;
+        let serial = Arc::new(Mutex::new(Serial::new(&config.serial, interrupt)?));
+        let (mut ports, mut memory) = (Bus::default(), Bus::default());
+        platform.place_devices(&mut ports, &mut memory, serial.clone());
+        let buses = Buses { ports: Arc::new(ports), memory: Arc::new(memory) };
+        let gate = Arc::new(Gate::default());
+        Ok((Self { config, vm, ram, platform, serial, gate, buses }, vcpus))
+    }
+
+    /// Loads a kernel and points the first vCPU at it.
+    pub fn boot(&self, config: &VmConfig, vcpus: &[Vcpu]) -> Result<(), MachineError> {
+        self.platform.boot(&self.ram.guest, config, vcpus)
+    }
+
+    /// Puts back what a document holds, in an order that is safe: what vCPUs share and depend on, the vCPUs, what depends on them,
+    /// the devices that interrupt them.
+    /// `frequency` is the raw counter's in Hz.
+    pub fn restore(&mut self, vcpus: &[Vcpu], document: &MachineV1, frequency: u64) -> Result<(), MachineError> {
+        let MachineV1 { name: _, architecture: _, generation: _, config: _, ram: _, platform, vcpus: states, serial } =
+            document;
+        self.platform.restore_before_vcpus(&self.vm, platform, frequency)?;
+        for (vcpu, state) in vcpus.iter().zip(states) {
+            vcpu.restore(state)?;
+        }
+        self.platform.restore_after_vcpus(platform)?;
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner).restore(serial)?;
+        Ok(())
+    }
+
+    /// Starts what brings the outside world to the devices.
+    pub fn start_devices(&self) -> Result<(), MachineError> {
+        let input = SerialInput::new(self.serial.clone(), &self.config.serial)?;
+        device::start_event_loop(self.gate.clone(), input).map_err(MachineError::EventLoop)
+    }
+
+    /// Lets nothing more from outside reach the devices.
+    pub fn pause_devices(&self) {
+        self.gate.close();
+    }
+
+    /// Lets the outside world reach the devices again.
+    pub fn resume_devices(&self) {
+        self.gate.open();
+    }
+
+    /// The document of this machine. vCPUs and devices must stand still.
+    pub fn save(&self, generation: u64, vcpus: Vec<VcpuState>) -> Result<MachineV1, MachineError> {
+        Ok(MachineV1 {
+            name: self.config.name.clone(),
+            architecture: arch::NAME.to_owned(),
+            generation,
+            config: persist::config_record(&self.config),
+            ram: self.ram.ranges().to_vec(),
+            platform: self.platform.save(&self.vm)?,
+            vcpus,
+            serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
+        })
+    }
+
+    /// What it was built from.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Its RAM.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Where its vCPUs find devices.
+    pub fn buses(&self) -> Buses {
+        self.buses.clone()
+    }
+
+    /// Another handle to the memfd of its RAM.
+    pub fn ram_file(&self) -> Result<OwnedFd, MachineError> {
+        let duplicate = self.ram.file().try_clone_to_owned();
+        Ok(duplicate.map_err(|source| MemoryError::System { operation: "duplicate the memfd's descriptor", source })?)
+    }
+}

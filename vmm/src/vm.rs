@@ -1,0 +1,513 @@
+//! A running VM, as its control socket sees it: a machine, its vCPUs' threads, and the state that says what may be done with it.
+//!
+//! ```text
+//!            pause              prepare               freeze
+//!   running ──────▶ paused   running|paused ──▶ prepared ──▶ frozen
+//!           ◀──────                ▲                │           │
+//!            resume                └──── thaw ◀─────┴───────────┘
+//!
+//!   any ──▶ ended: the guest ended, or the operator said stop
+//! ```
+//!
+//! Only the functions here move it, each under the one lock.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+
+use kho_abi::document::machine::MachineV1;
+use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::tokens;
+use serde::Serialize;
+
+use crate::arch::{self, ArchError};
+use crate::config::{MachineConfig, VmConfig};
+use crate::fault::{self, Action, InjectedFault};
+use crate::machine::{Machine, MachineError};
+use crate::memory::{MemoryError, Ram};
+use crate::persist::{self, PersistError, StateFile};
+use crate::vcpu::{Vcpu, VcpuError, VcpuHandle};
+
+/// What a VM is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// The guest runs.
+    Running,
+    /// The operator has paused the guest.
+    Paused,
+    /// The guest runs, or is paused by the operator, and its memory is about to be preserved for a live update.
+    Prepared,
+    /// The guest stands still and its document is written.
+    Frozen,
+    /// The guest is no more.
+    Ended,
+}
+
+impl State {
+    /// In lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Prepared => "prepared",
+            Self::Frozen => "frozen",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// How a VM came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest reset itself.
+    Reset,
+    /// The guest's processor gave up.
+    TripleFault,
+    /// The operator stopped it.
+    Stopped,
+    /// KVM could not go on.
+    Failed(String),
+}
+
+/// Why something cannot be done with a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The document.
+    #[error(transparent)]
+    Persist(#[from] PersistError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// The document is for another kind of host.
+    #[error("the document is of a VM on {document}, and this host is {host}", host = arch::NAME)]
+    Architecture {
+        /// The document's architecture.
+        document: String,
+    },
+    /// The memfds that came along are not those that the document names.
+    #[error("the document's memory is not all there: {0}")]
+    Files(String),
+    /// It is not in a state in which this can be done.
+    #[error("cannot {operation}: the VM is {state}", state = state.name())]
+    State {
+        /// What was asked for.
+        operation: &'static str,
+        /// What the VM is doing.
+        state: State,
+    },
+    /// A test asked for a failure.
+    #[error("a step was made to fail")]
+    Fault(#[from] InjectedFault),
+}
+
+impl VmError {
+    /// Whether the document can never be restored here as it is, so that trying again is of no use.
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Persist(_)
+                | Self::Architecture { .. }
+                | Self::Files(_)
+                | Self::Machine(
+                    MachineError::Config(_)
+                        | MachineError::Arch(ArchError::Unfit(_))
+                        | MachineError::Memory(MemoryError::Unfit(_))
+                        | MachineError::Vcpu(VcpuError::State { source: ArchError::Unfit(_), .. })
+                )
+        )
+    }
+}
+
+/// What a VM hands over when it is prepared.
+pub struct Prepared {
+    /// Token of the state memfd.
+    pub state_token: u64,
+    /// The state memfd.
+    pub state: OwnedFd,
+    /// Token, size in bytes and memfd of each part of its RAM.
+    pub ram: Vec<(u64, u64, OwnedFd)>,
+}
+
+/// What a VM tells once it is frozen.
+pub struct Frozen {
+    /// Size of its document.
+    pub document_bytes: u64,
+    /// When what was done.
+    pub marks: Vec<(Phase, u64)>,
+}
+
+/// What a VM is restored from.
+pub struct Incoming {
+    /// The state memfd.
+    pub state: OwnedFd,
+    /// Token and memfd of each part of its RAM.
+    pub ram: Vec<(u64, OwnedFd)>,
+    /// The marks of the update so far.
+    pub timeline: TimelineV1,
+}
+
+/// What an operator can know of a VM.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: State,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// How many live updates it has been through.
+    pub generation: u64,
+    /// Bytes of the document it was restored from, or that was last written.
+    pub document_bytes: u64,
+    /// The marks of the last update.
+    pub timeline: Option<TimelineV1>,
+}
+
+struct Control {
+    state: State,
+    /// Whether the operator wants the guest to run, whatever an update does with it meanwhile.
+    wanted: Wanted,
+    started: bool,
+    state_file: Option<StateFile>,
+    ending: Option<Ending>,
+    generation: u64,
+    document_bytes: u64,
+    timeline: Option<TimelineV1>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Running,
+    Paused,
+}
+
+struct Inner {
+    machine: Machine,
+    vcpus: Vec<VcpuHandle>,
+    control: Mutex<Control>,
+    ended: Condvar,
+}
+
+/// A handle to a running VM.
+#[derive(Clone)]
+pub struct Vm(Arc<Inner>);
+
+impl Vm {
+    /// A VM that boots.
+    pub fn cold(config: VmConfig) -> Result<Self, VmError> {
+        let machine_config = MachineConfig::from(&config);
+        machine_config.validate().map_err(MachineError::from)?;
+        let ram = Ram::create(&config.name, config.memory).map_err(MachineError::from)?;
+        let (machine, vcpus) = Machine::new(machine_config, ram, None)?;
+        machine.boot(&config, &vcpus)?;
+        Self::assemble(machine, vcpus, 0, 0, None)
+    }
+
+    /// A VM that goes on from what another kernel or process has left. Builds all and runs nothing: until [`Self::run`] the
+    /// same memory can be restored again.
+    pub fn restored(incoming: Incoming) -> Result<Self, VmError> {
+        let Incoming { state, ram, mut timeline } = incoming;
+        let (document, document_bytes) = persist::read(&state)?;
+        if document.architecture != arch::NAME {
+            return Err(VmError::Architecture { document: document.architecture });
+        }
+        let config = persist::config(&document)?;
+        let ram = Ram::adopt(file_of_ranges(ram, &document)?, document.ram.clone()).map_err(MachineError::from)?;
+        let (mut machine, vcpus) = Machine::new(config, ram, Some(&document.vcpus))?;
+        machine.restore(&vcpus, &document, timeline.frequency_hz)?;
+        timeline.mark(Phase::MachineBuilt, arch::counter());
+        let vm = Self::assemble(machine, vcpus, document.generation, document_bytes, Some(timeline))?;
+        fault::at("vm.machine-built")?;
+        Ok(vm)
+    }
+
+    fn assemble(
+        machine: Machine,
+        vcpus: Vec<Vcpu>,
+        generation: u64,
+        document_bytes: u64,
+        timeline: Option<TimelineV1>,
+    ) -> Result<Self, VmError> {
+        let control = Control {
+            state: State::Paused,
+            wanted: Wanted::Running,
+            started: false,
+            state_file: None,
+            ending: None,
+            generation,
+            document_bytes,
+            timeline,
+        };
+        let mut failed = None;
+        let inner = Arc::new_cyclic(|inner: &Weak<Inner>| {
+            let mut handles = Vec::new();
+            for vcpu in vcpus {
+                let inner = inner.clone();
+                let on_ending = Arc::new(move |ending| {
+                    if let Some(inner) = inner.upgrade() {
+                        inner.end(ending);
+                    }
+                });
+                match VcpuHandle::start(vcpu, machine.buses(), on_ending) {
+                    Ok(handle) => handles.push(handle),
+                    Err(error) => failed = Some(error),
+                }
+            }
+            Inner { machine, vcpus: handles, control: Mutex::new(control), ended: Condvar::new() }
+        });
+        match failed {
+            None => Ok(Self(inner)),
+            Some(error) => Err(error.into()),
+        }
+    }
+
+    /// Lets the guest run for the first time in this process. `before_first_run` is called right before the first vCPU enters
+    /// the guest, with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory
+    /// changes.
+    pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV1) + Send>) -> Result<(), VmError> {
+        self.0.machine.start_devices()?;
+        let mut control = self.0.control();
+        if control.started {
+            return Err(VmError::State { operation: "start it twice", state: control.state });
+        }
+        let restored = control.timeline.is_some();
+        let inner = self.0.clone();
+        let before = Box::new(move || {
+            let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV1::new(1));
+            timeline.mark(Phase::FirstInstruction, arch::counter());
+            before_first_run(&timeline);
+            if restored {
+                inner.control().timeline = Some(timeline);
+            }
+        });
+        control.started = true;
+        control.state = State::Running;
+        let mut before: Option<crate::vcpu::BeforeRun> = Some(before);
+        for vcpu in &self.0.vcpus {
+            vcpu.run(restored, before.take())?;
+        }
+        Ok(())
+    }
+
+    /// Blocks until the guest or the operator ends the VM.
+    pub fn wait(&self) -> Ending {
+        let mut control = self.0.control();
+        loop {
+            if let Some(ending) = &control.ending {
+                return ending.clone();
+            }
+            control = self.0.ended.wait(control).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What it is doing.
+    pub fn status(&self) -> Status {
+        let MachineConfig { name, cpus, memory, serial: _ } = self.0.machine.config();
+        let control = self.0.control();
+        Status {
+            name: name.clone(),
+            state: control.state,
+            memory: *memory,
+            cpus: *cpus,
+            generation: control.generation,
+            document_bytes: control.document_bytes,
+            timeline: control.timeline.clone(),
+        }
+    }
+
+    /// Pauses the guest. Pausing a paused one changes nothing.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let mut control = self.0.control();
+        match control.state {
+            State::Paused => Ok(()),
+            State::Running => {
+                self.0.stop_vcpus()?;
+                (control.state, control.wanted) = (State::Paused, Wanted::Paused);
+                Ok(())
+            }
+            state => Err(VmError::State { operation: "pause it", state }),
+        }
+    }
+
+    /// Lets a paused guest run. Resuming a running one changes nothing.
+    pub fn resume(&self) -> Result<(), VmError> {
+        let mut control = self.0.control();
+        match control.state {
+            State::Running => Ok(()),
+            State::Paused if control.started => {
+                self.0.start_vcpus()?;
+                (control.state, control.wanted) = (State::Running, Wanted::Running);
+                Ok(())
+            }
+            state => Err(VmError::State { operation: "resume it", state }),
+        }
+    }
+
+    /// Ends it, whatever it is doing.
+    pub fn stop(&self) {
+        self.0.end(Ending::Stopped);
+    }
+
+    /// Gets everything ready to be preserved while the guest runs on.
+    pub fn prepare(&self) -> Result<Prepared, VmError> {
+        let name = self.0.machine.config().name.clone();
+        let mut control = self.0.control();
+        match control.state {
+            State::Running | State::Paused => control.state = State::Prepared,
+            state => return Err(VmError::State { operation: "prepare it for a live update", state }),
+        }
+        drop(control);
+        // Outside of the lock, as it may take seconds.
+        let prepared = self.prepare_files(&name);
+        if prepared.is_err() {
+            self.thaw()?;
+        }
+        prepared
+    }
+
+    fn prepare_files(&self, name: &str) -> Result<Prepared, VmError> {
+        let machine = &self.0.machine;
+        machine.ram().populate().map_err(MachineError::from)?;
+        let state_file = StateFile::create(name, machine.config().cpus)?;
+        let state = state_file
+            .file()
+            .try_clone()
+            .map_err(|source| PersistError::File { operation: "duplicate the descriptor of", source })?;
+        let ram = vec![(tokens::RAM_FIRST, machine.ram().size(), machine.ram_file()?)];
+        fault::at("vm.prepared")?;
+        let mut control = self.0.control();
+        match control.state {
+            State::Prepared => control.state_file = Some(state_file),
+            state => return Err(VmError::State { operation: "prepare it for a live update", state }),
+        }
+        Ok(Prepared { state_token: tokens::STATE, state, ram })
+    }
+
+    /// Makes the guest stand still and writes its document.
+    pub fn freeze(&self, generation: u64) -> Result<Frozen, VmError> {
+        let mut control = self.0.control();
+        let (State::Prepared, Some(state_file)) = (control.state, control.state_file.as_ref()) else {
+            return Err(VmError::State { operation: "freeze it", state: control.state });
+        };
+        let frozen = self.0.freeze(state_file, generation, control.wanted);
+        match frozen {
+            Ok(frozen) => {
+                control.state = State::Frozen;
+                control.document_bytes = frozen.document_bytes;
+                Ok(frozen)
+            }
+            Err(error) => {
+                // What made the freeze fail says more than what may now fail because of it.
+                if let Err(error) = self.0.unfreeze(control.wanted) {
+                    tracing::error!(%error, "the guest cannot go on");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Goes back to what it was before it was prepared.
+    pub fn thaw(&self) -> Result<(), VmError> {
+        let mut control = self.0.control();
+        let before = control.state;
+        if !matches!(before, State::Prepared | State::Frozen) {
+            return Ok(());
+        }
+        control.state_file = None;
+        control.state = match control.wanted {
+            Wanted::Running => State::Running,
+            Wanted::Paused => State::Paused,
+        };
+        if before == State::Frozen {
+            self.0.unfreeze(control.wanted)?;
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, ending: Ending) {
+        let mut control = self.control();
+        // The first ending counts: a guest that is stopped while it powers off has powered off.
+        control.ending.get_or_insert(ending);
+        control.state = State::Ended;
+        self.ended.notify_all();
+    }
+
+    /// Signals all first and waits afterwards, so that many take as long as one.
+    fn stop_vcpus(&self) -> Result<(), VmError> {
+        for vcpu in &self.vcpus {
+            vcpu.ask_to_pause()?;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.await_pause()?;
+        }
+        Ok(())
+    }
+
+    fn start_vcpus(&self) -> Result<(), VmError> {
+        for vcpu in &self.vcpus {
+            vcpu.run(true, None)?;
+        }
+        Ok(())
+    }
+
+    fn freeze(&self, state_file: &StateFile, generation: u64, wanted: Wanted) -> Result<Frozen, VmError> {
+        let asked = arch::counter();
+        if wanted == Wanted::Running {
+            self.stop_vcpus()?;
+        }
+        self.machine.pause_devices();
+        let stopped = arch::counter();
+        let mut answers = Vec::new();
+        for vcpu in &self.vcpus {
+            answers.push(vcpu.save()?);
+        }
+        let mut states = Vec::new();
+        for (answer, id) in answers.into_iter().zip(0..) {
+            states.push(answer.recv().map_err(|_| VcpuError::Ended { id })??);
+        }
+        let document = self.machine.save(generation, states)?;
+        let document_bytes = state_file.write(&document)?;
+        let written = arch::counter();
+        if fault::requested("vm.document-written", Some(&document.name)) == Some(Action::Flip) {
+            state_file.spoil(document_bytes)?;
+        }
+        fault::at("vm.document-written")?;
+        let marks = vec![(Phase::PauseAsked, asked), (Phase::VcpusStopped, stopped), (Phase::DocumentWritten, written)];
+        Ok(Frozen { document_bytes, marks })
+    }
+
+    fn unfreeze(&self, wanted: Wanted) -> Result<(), VmError> {
+        self.machine.resume_devices();
+        if wanted == Wanted::Running {
+            self.start_vcpus()?;
+        }
+        Ok(())
+    }
+}
+
+/// The one memfd that holds all RAM, as this version writes documents.
+fn file_of_ranges(files: Vec<(u64, OwnedFd)>, document: &MachineV1) -> Result<OwnedFd, VmError> {
+    let mut files = files.into_iter();
+    let (Some((token, file)), None) = (files.next(), files.next()) else {
+        return Err(VmError::Files("exactly one memfd holds a VM's memory".to_owned()));
+    };
+    match document.ram.iter().find(|range| range.token != token) {
+        None => Ok(file),
+        Some(range) => {
+            Err(VmError::Files(format!("the range at {:#x} is in memfd {:#x}, not {token:#x}", range.gpa, range.token)))
+        }
+    }
+}
