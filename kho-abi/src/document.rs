@@ -17,6 +17,7 @@ pub mod platform;
 pub mod record;
 pub mod timeline;
 pub mod vcpu;
+pub mod virtio;
 pub mod x86_64;
 
 pub use error::{DecodeError, DocumentError, EncodeError, HeaderError, PayloadError, Problem};
