@@ -1,5 +1,7 @@
 //! What an operator asks for: the values behind `vmm run`, checked before anything is created.
 
+pub mod block;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;

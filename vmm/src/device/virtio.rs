@@ -4,6 +4,7 @@
 //! and interrupts; between [`VirtioDevice::start`] and [`VirtioDevice::stop`] the device owns its queues and works in threads of
 //! its own.
 
+pub mod block;
 pub mod worker;
 
 use std::io;
