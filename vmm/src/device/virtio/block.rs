@@ -1,4 +1,4 @@
-//! A disk (virtio 1.2, 5.2): an image on the host, raw, and one thread that reads and writes it.
+//! A disk (virtio 1.2, 5.2): an image on the host, raw, and one thread that reads and writes it, by io_uring where the host has it.
 //!
 //! What the guest has written without a flush lies in the host's page cache, and the guest relies on reading it back. A kexec
 //! destroys that cache, so [`VirtioDevice::flush`] makes all of it durable, whether or not the guest has asked for it.
@@ -6,6 +6,7 @@
 mod buffers;
 mod image;
 mod request;
+mod ring;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -23,6 +24,7 @@ use virtio_queue::QueueT;
 
 use self::image::{Image, SECTOR};
 use self::request::{DISCARD_SECTORS_MAX, RANGES_MAX, SEGMENTS_MAX, ZEROES_SECTORS_MAX};
+use self::ring::Ring;
 use self::work::BlockWork;
 use super::worker::Worker;
 use super::{Activation, ActiveQueue, VirtioDevice, VirtioError};
@@ -128,7 +130,12 @@ impl VirtioDevice for Block {
         }
         let mut active = queues.swap_remove(0);
         active.queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        let ring = Ring::new(self.image.clone());
+        if let Err(error) = &ring {
+            tracing::info!(%error, disk = self.image.name, "no io_uring: requests are done one by one");
+        }
         let work = BlockWork {
+            ring: ring.ok(),
             image: self.image.clone(),
             id: self.id,
             memory,

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use kho_abi::document::virtio::{BlockV1, ImageKind};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 
 use super::buffers::{Buffers, Direction};
 use crate::config::block::BlockConfig;
@@ -17,7 +17,7 @@ use crate::device::virtio::VirtioError;
 pub const SECTOR: u64 = 512;
 
 /// The system's limit on the buffers of one call (UIO_MAXIOV).
-const VECTORS_MAX: usize = 1024;
+pub const VECTORS_MAX: usize = 1024;
 
 /// What is copied or written at once where the guest's own buffers cannot be used.
 const CHUNK: usize = 256 << 10;
@@ -60,6 +60,11 @@ impl Image {
             kind if kind.is_block_device() => (ImageKind::BlockDevice, metadata.rdev(), 0),
             _ => return Err(unfit("it is neither a regular file nor a block device")),
         };
+        // io_uring would take it to mean that reads must fail rather than wait.
+        let flags =
+            rustix::fs::fcntl_getfl(&file).map_err(|errno| system("ask for the image's flags")(errno.into()))?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)
+            .map_err(|errno| system("set the image's flags")(errno.into()))?;
         // The end of a block device is not in its metadata.
         let size = file.seek(SeekFrom::End(0)).map_err(system("find out the image's size"))?;
         if size == 0 || !size.is_multiple_of(SECTOR) {
@@ -141,9 +146,14 @@ impl Image {
         })
     }
 
+    /// Whether the kernel cannot read or write these buffers by itself.
+    pub fn must_copy(&self, buffers: &Buffers) -> bool {
+        self.direct && !buffers.are_aligned(SECTOR as usize)
+    }
+
     /// Reads or writes all of the buffers, at an offset in bytes.
     pub fn transfer(&self, direction: Direction, buffers: &mut Buffers, mut offset: u64) -> io::Result<()> {
-        if self.direct && !buffers.are_aligned(SECTOR as usize) {
+        if self.must_copy(buffers) {
             return self.transfer_copied(direction, buffers, offset);
         }
         while !buffers.is_empty() {

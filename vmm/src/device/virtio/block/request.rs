@@ -53,15 +53,22 @@ pub struct Range {
     pub unmap: bool,
 }
 
-/// A request, and where its answer goes.
-#[derive(Debug)]
-pub struct Request {
+/// Where the answer to a request goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
     /// Its descriptor chain.
     pub head: u16,
     /// Where the status goes. Without a place for it there is nothing to do.
     pub status: Option<GuestAddress>,
     /// Bytes that the driver lets us write, the status included.
     pub writable: u32,
+}
+
+/// A request.
+#[derive(Debug)]
+pub struct Request {
+    /// Where its answer goes.
+    pub answer: Answer,
     /// What is to be done.
     pub operation: Operation,
 }
@@ -95,14 +102,17 @@ impl Request {
         }
         let writable_bytes: u64 = writable.iter().map(|(_, length)| u64::from(*length)).sum();
         let status = take_last_byte(&mut writable);
-        let operation = if out_of_order {
+        let operation = if status.is_none() {
+            Operation::Malformed("it has no place for the answer")
+        } else if out_of_order {
             Operation::Malformed("it has buffers to be read behind those to be written")
         } else if readable.len() + writable.len() > SEGMENTS_MAX as usize + 2 {
             Operation::Malformed("it has more segments than the disk has offered")
         } else {
             operation(memory, readable, writable, limits).unwrap_or_else(Operation::Malformed)
         };
-        Self { head, status, writable: u32::try_from(writable_bytes).unwrap_or(u32::MAX), operation }
+        let writable = u32::try_from(writable_bytes).unwrap_or(u32::MAX);
+        Self { answer: Answer { head, status, writable }, operation }
     }
 }
 
