@@ -2,18 +2,20 @@
 # Init of the busybox guest. Once a second it looks for damage and prints one line in the oracle's protocol:
 #   LINUX line n=<sequence> clock_ms=<uptime> ticks=<what a second process has counted> sum=<of a file in memory>
 #   DAMAGE <what> <detail>
-# On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how.
+# On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how, lab.disk=DEVICE gives
+# it a disk of 16 MiB to write to and to read back. Line n is said only when record n is on the disk for good.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff
+lines=0 end=poweroff disk=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
     lab.lines=*) lines=${word#*=} ;;
     lab.end=*) end=${word#*=} ;;
+    lab.disk=*) disk=/dev/${word#*=} ;;
   esac
 done
 
@@ -22,18 +24,50 @@ milliseconds() { # of uptime
   hundredths=${seconds#*.}
   echo "${seconds%.*}${hundredths}0"
 }
-sum() {
-  set -- $(sha256sum /tmp/file)
+sum() { # of a file
+  set -- $(sha256sum "$1")
   printf %.16s "$1" # every character costs an exit to the monitor
 }
 
+# The disk: 8 places of 256 KiB, written in turn and never flushed; from 2 MiB a page for a count, written past the page cache all
+# the time and never flushed; from 4 MiB a sector for each record, flushed.
+count_on_disk() {
+  count=0
+  while :; do
+    count=$((count + 1))
+    echo "$count" > /tmp/count.new
+    dd if=/tmp/count.new of="$disk" bs=4k seek=512 conv=sync,notrunc oflag=direct 2>/dev/null || echo "DAMAGE disk count=$count"
+    mv /tmp/count.new /tmp/count
+  done
+}
+check_disk() {
+  read -r least < /tmp/count
+  found=$(dd if="$disk" bs=4k skip=512 count=1 iflag=direct 2>/dev/null | head -n 1 | tr -d '\0')
+  [ "${found:-0}" -ge "$least" ] || echo "DAMAGE disk count=$found written=$least"
+  echo 3 > /proc/sys/vm/drop_caches
+  if [ -n "$place" ]; then
+    dd if="$disk" of=/tmp/back bs=256k skip="$place" count=1 2>/dev/null
+    back=$(sum /tmp/back)
+    [ "$back" = "$block" ] || echo "DAMAGE disk place=$place sum=$back written=$block"
+  fi
+  dd if=/dev/urandom of=/tmp/block bs=256k count=1 2>/dev/null
+  place=$((n % 8)) block=$(sum /tmp/block)
+  dd if=/tmp/block of="$disk" bs=256k seek="$place" conv=notrunc 2>/dev/null || echo "DAMAGE disk place=$place"
+  echo "record $n" > /tmp/record
+  dd if=/tmp/record of="$disk" bs=512 seek=$((8192 + n)) conv=sync,notrunc,fsync 2>/dev/null || echo "DAMAGE disk record=$n"
+}
+
 dd if=/dev/urandom of=/tmp/file bs=64k count=16 2>/dev/null
-right=$(sum)
+right=$(sum /tmp/file)
 # A second process shows that the scheduler and timers serve more than one.
 echo 0 > /tmp/ticks
 ( ticks=0; while :; do ticks=$((ticks + 1)); echo "$ticks" > /tmp/ticks.new; mv /tmp/ticks.new /tmp/ticks; sleep 1; done ) &
 # Typed on the serial port, `poweroff` ends the guest.
 ( while read -r typed; do [ "$typed" = poweroff ] && exec poweroff -f; done ) < /dev/ttyS0 &
+
+echo 0 > /tmp/count
+place=
+[ -z "$disk" ] || count_on_disk &
 
 echo "LINUX start release=$(uname -r) sum=$right"
 n=0 before=$(milliseconds) ticks_before=0 wall_before=$(date +%s) complaints=0
@@ -48,13 +82,14 @@ while :; do
   read -r ticks < /tmp/ticks
   [ "$ticks" -ge "$ticks_before" ] || echo "DAMAGE ticks now=$ticks before=$ticks_before"
   ticks_before=$ticks
-  sum=$(sum)
+  sum=$(sum /tmp/file)
   [ "$sum" = "$right" ] || echo "DAMAGE file sum=$sum right=$right"
   found=$(dmesg | grep -cE "$bad")
   if [ "$found" -ne "$complaints" ]; then
     complaints=$found
     dmesg | grep -E "$bad" | tail -n 1 | while read -r line; do echo "DAMAGE kernel $line"; done
   fi
+  [ -z "$disk" ] || check_disk
   echo "LINUX line n=$n clock_ms=$now ticks=$ticks sum=$sum"
   if [ "$n" = "$lines" ]; then
     echo "LINUX end how=$end"

@@ -37,23 +37,31 @@ pub struct Guest {
     pub memory: u32,
     /// Added to its command line.
     pub append: String,
+    /// Further options of `vmm run`, each with its value.
+    pub options: Vec<(String, String)>,
 }
 
 impl Guest {
     /// An oracle.
     pub fn oracle(name: &str, memory: u32) -> Self {
-        Self { name: name.into(), kind: Kind::Oracle, memory, append: String::new() }
+        Self { name: name.into(), kind: Kind::Oracle, memory, append: String::new(), options: Vec::new() }
     }
 
     /// A busybox Linux.
     pub fn linux(name: &str, memory: u32) -> Self {
-        Self { name: name.into(), kind: Kind::Linux, memory, append: String::new() }
+        Self { name: name.into(), kind: Kind::Linux, memory, append: String::new(), options: Vec::new() }
     }
 
     /// The same with a longer command line.
     pub fn with(mut self, append: &str) -> Self {
         self.append.push(' ');
         self.append.push_str(append);
+        self
+    }
+
+    /// The same with another option of `vmm run`.
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.options.push((name.into(), value.into()));
         self
     }
 
@@ -79,6 +87,7 @@ impl Guest {
         }
         option("memory", format!("{}M", self.memory));
         option("serial", format!("file={SHARE}/{}", self.log_name()));
+        self.options.iter().for_each(|(name, value)| option(name, value.clone()));
         arguments
     }
 

@@ -55,6 +55,8 @@ pub struct HostConfig {
     pub memory: u32,
     /// Processors.
     pub cpus: u32,
+    /// MiB of a disk of zeroes that outlives every kexec, `/dev/vda`; 0 for none.
+    pub disk: u32,
     /// The two kernels it can run.
     pub kernels: Kernels,
     /// The programs it carries.
@@ -70,9 +72,15 @@ impl HostConfig {
             accelerator: Accelerator::selected(architecture)?,
             memory,
             cpus: 2,
+            disk: 0,
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
         })
+    }
+
+    /// The same with a disk of so many MiB.
+    pub fn with_disk(self, disk: u32) -> Self {
+        Self { disk, ..self }
     }
 
     fn folder(&self) -> PathBuf {

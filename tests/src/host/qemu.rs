@@ -69,6 +69,14 @@ impl Qemu {
         command
             .arg(format!("local,path={},mount_tag={SHARE_TAG},security_model=none,multidevs=remap", share.display()));
         command.args(["-device", "virtio-rng-pci"]);
+        if config.disk > 0 {
+            let image = folder.join("disk.img");
+            let made = File::create(&image).and_then(|file| file.set_len(u64::from(config.disk) << 20));
+            made.with_context(|| format!("cannot make {}", image.display()))?;
+            // It has to outlive the host's kernel, not this machine's.
+            let drive = format!("if=none,id=disk,format=raw,cache=unsafe,file={}", image.display());
+            command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"]);
+        }
         command.arg("-kernel").arg(&config.kernels.older.image).arg("-initrd").arg(share.join("initrd"));
         command.args(["-append", command_line]);
         // SAFETY: between fork and exec the closure makes a single system call and allocates nothing.

@@ -123,14 +123,12 @@ impl Image {
         let BlockV1 { kind, device_major, device_minor, inode, size } = *before;
         let now = &self.identity;
         compare("kind", &kind.name(), &now.kind.name(), kind == now.kind);
-        // File systems without a block device (9p, NFS, btrfs, overlayfs) get the next free number below major 0 when they are
-        // mounted, which says nothing under another kernel.
-        let unnamed = device_major == 0 && now.device_major == 0;
+        let lasting = has_lasting_number(device_major) && has_lasting_number(now.device_major);
         compare(
             "device",
             &format_args!("{device_major}:{device_minor}"),
             &format_args!("{}:{}", now.device_major, now.device_minor),
-            unnamed || (device_major, device_minor) == (now.device_major, now.device_minor),
+            !lasting || (device_major, device_minor) == (now.device_major, now.device_minor),
         );
         compare("inode", &inode, &now.inode, inode == now.inode);
         compare("size in bytes", &size, &now.size, size == now.size);
@@ -250,6 +248,13 @@ impl Image {
     }
 }
 
+/// Whether a device with this major number has the same under every kernel. Major 0 is that of file systems without a block device
+/// (9p, NFS, btrfs, overlayfs), 240 to 254 and 259 are those of drivers without one of their own (virtio, NVMe, device mapper): each
+/// gets the next free number in the order in which they are found, and to refuse a guest its own disk for that would be its end.
+fn has_lasting_number(major: u32) -> bool {
+    !matches!(major, 0 | 240..=254 | 259)
+}
+
 /// Memory that direct I/O can use. Zero at first.
 struct AlignedChunk {
     memory: Vec<u8>,
@@ -339,13 +344,16 @@ mod tests {
         let image = Image::open(&config).unwrap();
         let same = image.identity();
         image.check_identity(&same).unwrap();
-        let unnamed_then = BlockV1 { device_major: 0, device_minor: same.device_minor + 1, ..same };
-        assert_eq!(image.check_identity(&unnamed_then).is_ok(), same.device_major == 0);
+        for device_major in [0, 240, 254, 259] {
+            image.check_identity(&BlockV1 { device_major, device_minor: same.device_minor + 1, ..same }).unwrap();
+        }
+        let lasting = has_lasting_number(same.device_major);
+        let other_device = BlockV1 { device_major: 77, ..same };
+        assert_eq!(image.check_identity(&other_device).is_err(), lasting);
         for (other, word) in [
             (BlockV1 { inode: same.inode + 1, ..same }, "inode"),
             (BlockV1 { size: 8192, ..same }, "size"),
             (BlockV1 { kind: ImageKind::BlockDevice, ..same }, "kind"),
-            (BlockV1 { device_major: 77, ..same }, "device"),
         ] {
             let error = image.check_identity(&other).unwrap_err().to_string();
             assert!(error.contains(&format!("its {word}")), "{error}");
