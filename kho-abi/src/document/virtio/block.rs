@@ -78,3 +78,31 @@ impl Record for BlockV1 {
         Ok(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::document::record::{from_node, to_node};
+
+    const FILE: BlockV1 =
+        BlockV1 { kind: ImageKind::File, device_major: 8, device_minor: 1, inode: 77, size: 3 * SECTOR };
+
+    #[test]
+    fn disk_round_trips() {
+        for state in [FILE, BlockV1 { kind: ImageKind::BlockDevice, inode: 0, ..FILE }] {
+            assert_eq!(from_node::<BlockV1>(&to_node("device", &state)), Ok(state));
+        }
+    }
+
+    #[test]
+    fn disk_that_cannot_be_is_refused() {
+        for state in [
+            BlockV1 { size: 0, ..FILE },
+            BlockV1 { size: SECTOR + 1, ..FILE },
+            BlockV1 { kind: ImageKind::BlockDevice, ..FILE },
+        ] {
+            assert!(from_node::<BlockV1>(&to_node("device", &state)).is_err(), "{state:?}");
+        }
+        assert!(from_node::<BlockV1>(&to_node("device", &FILE).with_str("kind", "tape")).is_err());
+    }
+}

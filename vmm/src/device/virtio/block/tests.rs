@@ -322,6 +322,48 @@ fn thread_does_more_than_a_batch_tells_the_driver_and_gives_the_queue_back() {
 }
 
 #[test]
+fn stopped_disk_has_nothing_in_flight_and_goes_on_with_what_was_left_in_the_queue() {
+    for ring in [false, true] {
+        let mut bench = Bench::new();
+        bench.ring = ring;
+        for _ in 0..80 {
+            bench.request(VIRTIO_BLK_T_OUT, 0, (DATA, 4096, 0));
+        }
+        let (activation, heard) = bench.activation();
+        let mut work = bench.work(activation);
+        // One batch is taken off the queue; the rest waits for whoever has the queue next.
+        work.begin();
+        work.finish();
+        let queue = &work.active.queue;
+        assert_eq!((queue.next_avail(), queue.next_used(), heard.try_iter().count()), (16, 16, 16));
+        // It has asked to be called again, and the call survives in the queue's eventfd.
+        assert_eq!(work.active.kick.read().unwrap(), 1);
+        let BlockWork { image, id, memory, active, notifier, write_through, ring: _ } = work;
+        let ring = if ring { Ring::new(image.clone()).ok() } else { None };
+        let mut work = BlockWork { image, id, memory, active, notifier, write_through, ring };
+        for _ in 0..80 / 16 {
+            work.begin();
+        }
+        work.finish();
+        assert_eq!(work.active.queue.next_used(), 80);
+        assert!((0..80).all(|number| bench.status(number) == VIRTIO_BLK_S_OK));
+    }
+}
+
+#[test]
+fn disk_without_a_cache_that_the_driver_knows_of_answers_all_the_same() {
+    let mut bench = Bench::new();
+    bench.request(VIRTIO_BLK_T_OUT, 0, (DATA, 4096, 0));
+    bench.ranges(VIRTIO_BLK_T_WRITE_ZEROES, &[(8, 8, 0)]);
+    let (activation, _heard) = bench.activation();
+    let mut work = bench.work(activation);
+    work.write_through = true;
+    work.begin();
+    work.finish();
+    assert_eq!([0, 1].map(|number| bench.status(number)), [VIRTIO_BLK_S_OK; 2]);
+}
+
+#[test]
 fn queue_that_is_not_set_up_comes_back_as_it_was() {
     let bench = Bench::new();
     let mut disk = Block::new(&bench.config).unwrap();
