@@ -16,8 +16,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use wire::Wire;
 
-pub use qemu::check_version;
-
 /// How long a boot, a kexec or any single program may take. Generous: only a hang should ever reach it.
 pub const PATIENCE: Duration = Duration::from_secs(150);
 /// How many of a log's last lines are shown after a failure.

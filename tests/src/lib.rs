@@ -8,6 +8,7 @@ pub mod architecture;
 pub mod cargo;
 pub mod check;
 pub mod demo;
+pub mod emulator;
 pub mod guests;
 pub mod host;
 pub mod image;

@@ -4,9 +4,8 @@ pub mod rust;
 pub mod tools;
 
 use crate::architecture::Architecture;
-use crate::host::check_version;
 use crate::kernels::{self, build};
-use crate::{image, paths};
+use crate::{emulator, image, paths};
 use anyhow::{Context, Result, bail};
 use rust::Support;
 use std::path::Path;
@@ -21,7 +20,7 @@ struct Need {
 /// How a lack is made good.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A package of QEMU, which has to be new enough.
+    /// QEMU, which has to be new enough.
     Qemu(&'static str),
     Package(&'static str),
     /// The busybox of another architecture.
@@ -46,8 +45,9 @@ const KERNEL_TOOLS: &[(&str, &str)] = &[
 fn needs(architecture: Architecture) -> Result<Vec<Need>> {
     let mut needs = Vec::new();
     let (_, package) = architecture.qemu();
-    if let Err(reason) = check_version(architecture) {
-        let how = format!("install QEMU 10.0.2 or newer (Debian: {package}, from the backports where they are newer)");
+    if let Err(reason) = emulator::command(architecture) {
+        let oldest = emulator::OLDEST.map(|number| number.to_string()).join(".");
+        let how = format!("install QEMU {oldest} or newer (Debian: {package})");
         needs.push(Need { what: format!("{reason:#}"), how, kind: Kind::Qemu(package) });
     }
     if let Err(reason) = image::busybox(architecture) {
@@ -65,7 +65,7 @@ fn needs(architecture: Architecture) -> Result<Vec<Need>> {
         if paths::program(emulator).is_none() {
             let what = format!("{emulator}, to run programs for {}", architecture.name());
             let how = format!("install QEMU's emulators of single programs (Debian: {package})");
-            needs.push(Need { what, how, kind: Kind::Qemu(package) });
+            needs.push(Need { what, how, kind: Kind::Package(package) });
         }
         needs.extend(missing(&architecture.cross_tools(), &format!("to build for {}", architecture.name())));
     }
@@ -124,23 +124,22 @@ pub fn run(architecture: Architecture) -> Result<()> {
         }
         bail!("set-up installs by itself only as root on Debian; nothing was changed");
     };
-    let of_kind = |package: fn(Kind) -> Option<&'static str>| -> Vec<_> {
-        needs.iter().filter_map(|need| package(need.kind)).collect()
-    };
-    let emulators = of_kind(|kind| if let Kind::Qemu(package) = kind { Some(package) } else { None });
-    let packages = of_kind(|kind| if let Kind::Package(package) = kind { Some(package) } else { None });
-    if !packages.is_empty() || !emulators.is_empty() {
-        apt::update()?;
-    }
-    if !emulators.is_empty() {
-        qemu(&emulators, &codename)?;
-    }
+    let packages: Vec<_> = needs
+        .iter()
+        .filter_map(|need| match need.kind {
+            Kind::Package(package) => Some(package),
+            _ => None,
+        })
+        .collect();
+    apt::update()?;
     if !packages.is_empty() {
         apt::install(&packages)?;
     }
     for need in &needs {
         match need.kind {
-            Kind::Qemu(_) | Kind::Package(_) => {}
+            Kind::Package(_) => {}
+            Kind::Qemu(package) if emulator::is_offered(package) => apt::install(&[package])?,
+            Kind::Qemu(_) => emulator::unpack(architecture, &codename)?,
             Kind::Busybox => busybox(architecture, &codename)?,
             Kind::Target(target) => rust::install(target, &codename)?,
             Kind::Kernels => build::missing(architecture, &codename)?,
@@ -150,22 +149,6 @@ pub fn run(architecture: Architecture) -> Result<()> {
         Some(need) => bail!("still missing after set-up: {}; {}", need.what, need.how),
         None => Ok(()),
     }
-}
-
-fn qemu(packages: &[&str], codename: &str) -> Result<()> {
-    let new_enough = |version: &str| {
-        // Debian's versions may begin with an epoch.
-        let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
-        let numbers: Vec<u32> = upstream.split(['.', '+', '-', '~']).map_while(|part| part.parse().ok()).collect();
-        numbers >= vec![10, 0, 2]
-    };
-    if packages.iter().all(|package| apt::candidate(package).is_some_and(|version| new_enough(&version))) {
-        return apt::install(packages);
-    }
-    let suite = format!("{codename}-backports");
-    apt::add_suite(codename, &suite)?;
-    apt::update()?;
-    apt::install_from(&suite, packages).with_context(|| format!("cannot install QEMU from {suite}"))
 }
 
 /// Fetches and unpacks the package of another architecture. Nothing is installed, and dpkg hears of no foreign architecture.

@@ -1,45 +1,16 @@
-//! The emulator: its version, its command line, its end.
+//! A running emulator: its command line, its end.
 use super::HostConfig;
-use crate::architecture::{Accelerator, Architecture};
+use crate::architecture::Accelerator;
+use crate::emulator;
 use crate::link::{PORT, SHARE_TAG};
-use crate::{paths, run};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// The oldest QEMU whose emulation of SVM is good enough.
-const OLDEST: [u32; 3] = [10, 0, 2];
-
-/// Fails, with the reason, unless the emulator is there and new enough.
-pub fn check_version(architecture: Architecture) -> Result<()> {
-    let (program, package) = architecture.qemu();
-    if paths::program(program).is_none() {
-        bail!("{program} is not installed (Debian's package {package})");
-    }
-    let text = run::quietly(Command::new(program).arg("--version"))?;
-    let version = parse_version(&text).with_context(|| format!("{program} does not say its version: {text}"))?;
-    if version < OLDEST {
-        let show = |version: [u32; 3]| version.map(|number| number.to_string()).join(".");
-        bail!(
-            "{program} is version {}, but the lab needs {} or newer: older ones do not intercept XSETBV under SVM, so a \
-             guest inside the emulated host dies of an inconsistent XSAVE area",
-            show(version),
-            show(OLDEST)
-        );
-    }
-    Ok(())
-}
-
-fn parse_version(text: &str) -> Option<[u32; 3]> {
-    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
-    let mut numbers = version.split('.').map(|part| part.parse().ok());
-    Some([numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)])
-}
 
 /// A running emulator. Dies with its value, and with the thread that started it.
 pub struct Qemu {
@@ -49,12 +20,10 @@ pub struct Qemu {
 impl Qemu {
     /// Starts it. Its console goes to `console.log` in `folder`, its own words to `qemu.log`.
     pub fn start(config: &HostConfig, folder: &Path, socket: &Path, command_line: &str) -> Result<Self> {
-        check_version(config.architecture)?;
         if config.accelerator == Accelerator::Kvm && Accelerator::detect(config.architecture) != Accelerator::Kvm {
             bail!("this machine's KVM does not offer nested virtualization: use --accel tcg");
         }
-        let (program, _) = config.architecture.qemu();
-        let mut command = Command::new(program);
+        let mut command = emulator::command(config.architecture)?;
         let words = File::create(folder.join("qemu.log")).context("cannot create qemu.log")?;
         command.stdin(Stdio::null()).stdout(words.try_clone().context("cannot duplicate qemu.log")?).stderr(words);
         command.args(config.architecture.machine(config.accelerator));
@@ -83,7 +52,7 @@ impl Qemu {
         unsafe {
             command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
         }
-        let child = command.spawn().with_context(|| format!("cannot start {program}"))?;
+        let child = command.spawn().with_context(|| format!("cannot start {}", config.architecture.qemu().0))?;
         Ok(Self { child })
     }
 
@@ -114,22 +83,5 @@ impl Drop for Qemu {
         // Both fail only when it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_read_from_what_qemu_says() {
-        assert_eq!(parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\n"), Some([10, 0, 2]));
-        assert_eq!(parse_version("QEMU emulator version 11.1\n"), Some([11, 1, 0]));
-        assert_eq!(parse_version("something else"), None);
-    }
-
-    #[test]
-    fn debian_12s_own_qemu_is_too_old() {
-        assert!(parse_version("QEMU emulator version 7.2.19").is_some_and(|version| version < OLDEST));
     }
 }

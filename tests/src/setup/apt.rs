@@ -1,6 +1,6 @@
 //! Debian's package tool: what the machine's own sources offer, and other suites of the very same archives.
 use crate::{paths, run};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -112,22 +112,6 @@ pub fn suites(codename: &str) -> Vec<String> {
     suites
 }
 
-/// Adds a suite to the machine's own sources, unless they have it.
-pub fn add_suite(codename: &str, suite: &str) -> Result<()> {
-    let lists = lists();
-    if !rewritten(&lists, suite, suite).is_empty() {
-        return Ok(());
-    }
-    let text = rewritten(&lists, codename, suite);
-    if text.is_empty() {
-        bail!("apt has no source of {codename}, so {suite} cannot be found through it");
-    }
-    let path = format!("{SOURCES}/kho-vmm-{suite}.sources");
-    fs::write(&path, text).with_context(|| format!("cannot write {path}"))?;
-    println!("added {path}");
-    Ok(())
-}
-
 /// Brings apt's knowledge up to date.
 pub fn update() -> Result<()> {
     run::loudly(Command::new("apt-get").args(["-q", "update"]))
@@ -135,17 +119,8 @@ pub fn update() -> Result<()> {
 
 /// Installs packages.
 pub fn install(packages: &[&str]) -> Result<()> {
-    install_with(&[], packages)
-}
-
-/// Installs packages from a suite that apt would not take them from by itself, and from there also what they need.
-pub fn install_from(suite: &str, packages: &[&str]) -> Result<()> {
-    install_with(&["--target-release", suite], packages)
-}
-
-fn install_with(options: &[&str], packages: &[&str]) -> Result<()> {
     let mut command = Command::new("apt-get");
-    command.args(["-q", "-y", "--no-install-recommends"]).args(options).arg("install").args(packages);
+    command.args(["-q", "-y", "--no-install-recommends", "install"]).args(packages);
     run::loudly(command.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()))
 }
 
@@ -243,6 +218,24 @@ impl Suite {
             .with_context(|| format!("apt downloaded nothing for {package}"))?;
         run::loudly(Command::new("dpkg").arg("-x").arg(entry.path()).arg(target))?;
         fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))
+    }
+
+    /// Downloads a package and all that it needs, down to the C library, and unpacks it into `target`. Nothing is installed.
+    pub fn unpack_with_dependencies(&self, package: &str, target: &Path) -> Result<()> {
+        // To a machine on which nothing is installed everything is missing.
+        let status = self.folder.join("nothing-installed");
+        fs::write(&status, "").with_context(|| format!("cannot write {}", status.display()))?;
+        let mut fetch = self.tool("apt-get");
+        fetch.args(["-o", &format!("Dir::State::status={}", status.display())]);
+        run::loudly(fetch.args(["-q", "-y", "--no-install-recommends", "--download-only", "install", package]))?;
+        let archives = self.folder.join("archives");
+        let entries = fs::read_dir(&archives).with_context(|| format!("cannot list {}", archives.display()))?;
+        for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.extension() == Some("deb".as_ref()))
+        {
+            run::loudly(Command::new("dpkg").arg("-x").arg(&path).arg(target))?;
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(())
     }
 }
 
