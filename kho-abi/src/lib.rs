@@ -24,12 +24,13 @@
 //! it once the header is cut off. Every record says in `compatible` what it is and in which version:
 //!
 //! ```text
-//! / {                                  compatible = "kho-vmm,vm-v1"   name, architecture, generation
+//! / {                                  compatible = "kho-vmm,vm-v2"   name, architecture, generation
 //!     config { }                       what the operator asked for
 //!     memory { range@0 { } ... }       gpa, size, token and offset of each RAM range
 //!     platform { }                     interrupt controllers, timers, clock
 //!     vcpus { vcpu@0 { } ... }         raw KVM structs under their names, MSRs as pairs
-//!     devices { serial@3f8 { } }
+//!     devices { serial@3f8 { }         and each virtio device with its queues:
+//!               virtio@0 { queue@0 { } ... device { } } ... }
 //! };
 //! / {                                  compatible = "kho-vmm,index-v1"   generation, kernel
 //!     timeline { }                     the host's marks

@@ -34,6 +34,12 @@ pub const VCPU: &str = "vcpu";
 pub const DEVICES: &str = "devices";
 /// The first serial port.
 pub const SERIAL: &str = "serial@3f8";
+/// One virtio device, `virtio@<slot>`.
+pub const VIRTIO: &str = "virtio";
+/// One of its queues, `queue@<number>`.
+pub const QUEUE: &str = "queue";
+/// What it has beside the transport.
+pub const VIRTIO_DEVICE: &str = "device";
 /// The marks that concern the whole host.
 pub const TIMELINE: &str = "timeline";
 /// The group of VMs in the index.

@@ -23,6 +23,7 @@ macro_rules! on_each_architecture {
 
 mod after_commit;
 mod before_commit;
+mod disks;
 mod endings;
 mod generations;
 mod kvm;

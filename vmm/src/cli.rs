@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::SerialConfig;
+use crate::config::block::{BlockConfig, BlockConfigError};
+use crate::config::device::DeviceConfig;
 
 /// Exit statuses, as scripts rely on them.
 pub mod status {
@@ -150,9 +152,27 @@ pub struct RunArgs {
     /// First serial port of the guest: stdio, file=PATH, socket=PATH or off
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialConfig,
+    /// Give the guest an entropy source
+    #[arg(long)]
+    pub rng: bool,
+    /// Give the guest a disk: a raw image, or a block device. Can be given more than once
+    ///
+    /// The image is locked against a second user. `readonly` keeps the guest from writing, `id` names the disk in the
+    /// guest (/dev/disk/by-id/virtio-STR), `direct` bypasses the host's page cache.
+    #[arg(long, value_name = "PATH[,readonly][,id=STR][,direct]", value_parser = disk)]
+    pub disk: Vec<BlockConfig>,
     /// Build the VM from what arrives on this file descriptor (used by `vmm restore`)
-    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial"])]
+    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk"])]
     pub restore: Option<i32>,
+}
+
+impl RunArgs {
+    /// The virtio devices in the order of their slots, by which the guest finds them: kind by kind, and those of a kind as they were
+    /// given.
+    pub fn devices(&self) -> Vec<DeviceConfig> {
+        let rng = self.rng.then_some(DeviceConfig::Rng);
+        rng.into_iter().chain(self.disk.iter().cloned().map(DeviceConfig::Block)).collect()
+    }
 }
 
 /// `vmm update`.
@@ -241,6 +261,11 @@ fn vm_name(text: &str) -> Result<String, String> {
     }
 }
 
+/// A disk whose image is found from everywhere.
+fn disk(text: &str) -> Result<BlockConfig, BlockConfigError> {
+    text.parse::<BlockConfig>()?.absolute()
+}
+
 /// A size in bytes: a plain number, or one with a suffix of K, M, G or T (powers of 1024).
 fn size(text: &str) -> Result<u64, String> {
     let expected = || "expected bytes, or a number with a suffix of K, M, G or T, such as 512M".to_owned();
@@ -320,6 +345,14 @@ mod tests {
     }
 
     #[test]
+    fn disks_follow_the_other_devices_in_the_order_given() {
+        let line = "vmm run --name a --kernel k --disk /b,id=x --rng --disk /a,readonly";
+        let Command::Run(arguments) = Cli::try_parse_from(line.split(' ')).unwrap().command else { panic!("{line}") };
+        let devices: Vec<_> = arguments.devices().iter().map(ToString::to_string).collect();
+        assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly"]);
+    }
+
+    #[test]
     fn run_needs_name_and_kernel_unless_it_restores() {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
         assert!(parse("vmm run --name a --kernel k --append --x --memory 1G").is_ok());
@@ -330,6 +363,7 @@ mod tests {
             "vmm run --name a/b --kernel k",
             "vmm run --name a --kernel k --memory 1X",
             "vmm run --name a --kernel k --serial tty",
+            "vmm run --name a --kernel k --disk a.img,ro",
             "vmm run --restore 3 --name a",
             "vmm restore",
             "vmm update --initrd i",

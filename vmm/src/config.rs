@@ -1,10 +1,13 @@
 //! What an operator asks for: the values behind `vmm run`, checked before anything is created.
 
 pub mod block;
+pub mod device;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+use self::device::{DEVICES_MAX, DeviceConfig};
 
 /// RAM is handed to the guest and to the next kernel in pieces of this size, so it must be a multiple of it.
 pub const MEMORY_GRANULE: u64 = 2 << 20;
@@ -32,6 +35,8 @@ pub struct VmConfig {
     pub memory: u64,
     /// Where the first serial port leads.
     pub serial: SerialConfig,
+    /// The virtio devices, by slot.
+    pub devices: Vec<DeviceConfig>,
 }
 
 /// Where a serial port leads.
@@ -88,6 +93,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Where the first serial port leads.
     pub serial: SerialConfig,
+    /// The virtio devices, by slot.
+    pub devices: Vec<DeviceConfig>,
 }
 
 /// A machine's shape that cannot be built.
@@ -102,6 +109,9 @@ pub enum ConfigError {
     /// RAM too small or too large.
     #[error("memory of {0} bytes is outside of what a guest can have: from 8 MiB to just under 1 TiB")]
     MemorySize(u64),
+    /// More devices than there are places for.
+    #[error("{0} devices asked for: a guest has places for {DEVICES_MAX}")]
+    Devices(usize),
 }
 
 impl MachineConfig {
@@ -116,14 +126,17 @@ impl MachineConfig {
         if !(MEMORY_MINIMUM..=MEMORY_MAXIMUM).contains(&self.memory) {
             return Err(ConfigError::MemorySize(self.memory));
         }
+        if self.devices.len() > DEVICES_MAX {
+            return Err(ConfigError::Devices(self.devices.len()));
+        }
         Ok(())
     }
 }
 
 impl From<&VmConfig> for MachineConfig {
     fn from(config: &VmConfig) -> Self {
-        let VmConfig { name, kernel: _, initrd: _, append: _, cpus, memory, serial } = config;
-        Self { name: name.clone(), cpus: *cpus, memory: *memory, serial: serial.clone() }
+        let VmConfig { name, kernel: _, initrd: _, append: _, cpus, memory, serial, devices } = config;
+        Self { name: name.clone(), cpus: *cpus, memory: *memory, serial: serial.clone(), devices: devices.clone() }
     }
 }
 
@@ -143,12 +156,20 @@ mod tests {
 
     #[test]
     fn machine_of_impossible_shape_is_refused() {
-        let good = MachineConfig { name: "a".into(), cpus: 1, memory: 64 << 20, serial: SerialConfig::Off };
+        let good = MachineConfig {
+            name: "a".into(),
+            cpus: 1,
+            memory: 64 << 20,
+            serial: SerialConfig::Off,
+            devices: vec![DeviceConfig::Rng; DEVICES_MAX],
+        };
         assert!(good.validate().is_ok());
         assert!(matches!(MachineConfig { cpus: 2, ..good.clone() }.validate(), Err(ConfigError::Cpus(2))));
         assert!(matches!(MachineConfig { cpus: 0, ..good.clone() }.validate(), Err(ConfigError::Cpus(0))));
         for memory in [0, 4096, (64 << 20) + 4096, 1 << 40, !(MEMORY_GRANULE - 1)] {
             assert!(MachineConfig { memory, ..good.clone() }.validate().is_err(), "{memory}");
         }
+        let devices = vec![DeviceConfig::Rng; DEVICES_MAX + 1];
+        assert!(matches!(MachineConfig { devices, ..good }.validate(), Err(ConfigError::Devices(_))));
     }
 }

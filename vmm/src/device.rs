@@ -1,7 +1,6 @@
 //! What a guest finds besides CPUs, memory and interrupt controllers; and the loop that brings the outside world to it.
 
 pub mod serial;
-#[expect(dead_code, reason = "the transport and the devices follow")]
 pub mod virtio;
 
 use std::io;

@@ -2,18 +2,20 @@
 //! restore.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kho_abi::document::machine::MachineV1;
+use kho_abi::document::machine::MachineV2;
 use kho_abi::document::vcpu::VcpuState;
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{self, ArchError, BootError, Platform, VcpuArch};
 use crate::bus::Bus;
 use crate::config::{ConfigError, MachineConfig, VmConfig};
 use crate::device::serial::{Serial, SerialError, SerialInput};
+use crate::device::virtio::mmio::{self, InterruptRegisters, Transport};
+use crate::device::virtio::{self, VirtioDevice, VirtioError};
 use crate::device::{self, Gate};
 use crate::memory::{MemoryError, Ram};
 use crate::persist;
@@ -37,6 +39,9 @@ pub enum MachineError {
     /// The serial port.
     #[error("cannot build the VM's devices")]
     Serial(#[from] SerialError),
+    /// A virtio device.
+    #[error("the VM's devices cannot be what they are to be")]
+    Device(#[from] VirtioError),
     /// A vCPU.
     #[error("cannot restore the VM")]
     Vcpu(#[from] VcpuError),
@@ -58,6 +63,7 @@ pub struct Machine {
     ram: Ram,
     platform: Platform,
     serial: Arc<Mutex<Serial>>,
+    virtio: Vec<Arc<Mutex<Transport>>>,
     gate: Arc<Gate>,
     buses: Buses,
 }
@@ -99,9 +105,14 @@ impl Machine {
         let serial = Arc::new(Mutex::new(Serial::new(&config.serial, interrupt)?));
         let (mut ports, mut memory) = (Bus::default(), Bus::default());
         platform.place_devices(&mut ports, &mut memory, serial.clone());
+        let virtio = config.devices.iter().enumerate().map(|(slot, device)| {
+            let device = virtio::build(device)?;
+            place_virtio(&vm, &platform, &mut memory, slot, device, &ram)
+        });
+        let virtio = virtio.collect::<Result<_, MachineError>>()?;
         let buses = Buses { ports: Arc::new(ports), memory: Arc::new(memory) };
         let gate = Arc::new(Gate::default());
-        Ok((Self { config, vm, ram, platform, serial, gate, buses }, vcpus))
+        Ok((Self { config, vm, ram, platform, serial, virtio, gate, buses }, vcpus))
     }
 
     /// Loads a kernel and points the first vCPU at it.
@@ -112,15 +123,46 @@ impl Machine {
     /// Puts back what a document holds, in an order that is safe: what vCPUs share and depend on, the vCPUs, what depends on them,
     /// the devices that interrupt them.
     /// `frequency` is the raw counter's in Hz.
-    pub fn restore(&mut self, vcpus: &[Vcpu], document: &MachineV1, frequency: u64) -> Result<(), MachineError> {
-        let MachineV1 { name: _, architecture: _, generation: _, config: _, ram: _, platform, vcpus: states, serial } =
-            document;
+    pub fn restore(&mut self, vcpus: &[Vcpu], document: &MachineV2, frequency: u64) -> Result<(), MachineError> {
+        let MachineV2 {
+            name: _,
+            architecture: _,
+            generation: _,
+            config: _,
+            ram: _,
+            platform,
+            vcpus: states,
+            serial,
+            virtio,
+        } = document;
         self.platform.restore_before_vcpus(&self.vm, platform, frequency)?;
         for (vcpu, state) in vcpus.iter().zip(states) {
             vcpu.restore(state)?;
         }
         self.platform.restore_after_vcpus(platform)?;
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).restore(serial)?;
+        for (mut transport, state) in self.transports().zip(virtio) {
+            transport.restore(state)?;
+        }
+        Ok(())
+    }
+
+    fn transports(&self) -> impl Iterator<Item = MutexGuard<'_, Transport>> {
+        self.virtio.iter().map(|transport| transport.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Lets the virtio devices work for the first time in this process. As they write to the guest's memory, they must not do so
+    /// before the guest itself may run.
+    pub fn start_virtio(&self, restored: bool) {
+        for mut transport in self.transports() {
+            if restored { transport.resume_restored() } else { transport.resume() }
+        }
+    }
+
+    /// Makes durable what would be lost with the host's kernel, while the guest and its devices may go on, so that little is left
+    /// to be done once they stand still.
+    pub fn flush_devices(&self) -> Result<(), MachineError> {
+        self.transports().try_for_each(|mut transport| transport.flush())?;
         Ok(())
     }
 
@@ -130,19 +172,27 @@ impl Machine {
         device::start_event_loop(self.gate.clone(), input).map_err(MachineError::EventLoop)
     }
 
-    /// Lets nothing more from outside reach the devices.
-    pub fn pause_devices(&self) {
+    /// Lets nothing more from outside reach the devices, lets them finish what is in flight, and makes durable what would be lost.
+    /// The vCPUs must stand still.
+    pub fn pause_devices(&self) -> Result<(), MachineError> {
         self.gate.close();
+        for mut transport in self.transports() {
+            transport.pause();
+        }
+        self.flush_devices()
     }
 
-    /// Lets the outside world reach the devices again.
+    /// Lets the devices work, and the outside world reach them, again.
     pub fn resume_devices(&self) {
+        for mut transport in self.transports() {
+            transport.resume();
+        }
         self.gate.open();
     }
 
     /// The document of this machine. vCPUs and devices must stand still.
-    pub fn save(&self, generation: u64, vcpus: Vec<VcpuState>) -> Result<MachineV1, MachineError> {
-        Ok(MachineV1 {
+    pub fn save(&self, generation: u64, vcpus: Vec<VcpuState>) -> Result<MachineV2, MachineError> {
+        Ok(MachineV2 {
             name: self.config.name.clone(),
             architecture: arch::NAME.to_owned(),
             generation,
@@ -151,6 +201,7 @@ impl Machine {
             platform: self.platform.save(&self.vm)?,
             vcpus,
             serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
+            virtio: self.transports().map(|transport| transport.save()).collect(),
         })
     }
 
@@ -174,4 +225,29 @@ impl Machine {
         let duplicate = self.ram.file().try_clone_to_owned();
         Ok(duplicate.map_err(|source| MemoryError::System { operation: "duplicate the memfd's descriptor", source })?)
     }
+}
+
+/// Puts a virtio device where the guest expects that of its slot.
+fn place_virtio(
+    vm: &VmFd,
+    platform: &Platform,
+    bus: &mut Bus,
+    slot: usize,
+    device: Box<dyn VirtioDevice>,
+    ram: &Ram,
+) -> Result<Arc<Mutex<Transport>>, MachineError> {
+    let interrupt = EventFd::new(libc::EFD_NONBLOCK).map_err(MachineError::EventFd)?;
+    let transport = Transport::new(device, ram.guest.clone(), interrupt).map_err(MachineError::EventFd)?;
+    platform.connect_virtio(vm, transport.interrupt_line(), slot)?;
+    let address = Platform::virtio_address(slot);
+    for (number, kick) in (0_u32..).zip(transport.kicks()) {
+        vm.register_ioevent(kick, &IoEventAddress::Mmio(address + mmio::NOTIFY), number)
+            .map_err(ArchError::kvm("connect a virtio device's queue"))?;
+    }
+    // Before the other registers, which the bus would find at the same addresses.
+    let interrupt = transport.interrupt_registers();
+    bus.insert(address + InterruptRegisters::OFFSET, InterruptRegisters::SIZE, Arc::new(Mutex::new(interrupt)));
+    let transport = Arc::new(Mutex::new(transport));
+    bus.insert(address, mmio::SIZE, transport.clone());
+    Ok(transport)
 }

@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use kho_abi::document::header;
-use kho_abi::document::machine::{ConfigV1, MachineV1};
+use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::{DocumentError, EncodeError};
 
+use crate::config::device::DeviceConfigError;
 use crate::config::{MachineConfig, SerialConfigError};
 use crate::memory::{self, MemoryError};
 
@@ -22,6 +23,9 @@ pub enum PersistError {
     /// It holds a serial port that no operator can have asked for.
     #[error("document: refused")]
     Serial(#[from] SerialConfigError),
+    /// It holds a device that no operator can have asked for.
+    #[error("document: refused")]
+    Device(#[from] DeviceConfigError),
     /// It is larger than what was set aside for it.
     #[error("document: {document} bytes do not fit into the {capacity} set aside")]
     TooLarge {
@@ -51,12 +55,15 @@ pub struct StateFile {
 }
 
 impl StateFile {
-    /// Sets aside room for the document of a VM with `cpus` vCPUs.
-    pub fn create(name: &str, cpus: u32) -> Result<Self, PersistError> {
+    /// Sets aside room for the document of a VM of that shape.
+    pub fn create(config: &MachineConfig) -> Result<Self, PersistError> {
+        let MachineConfig { name, cpus, memory: _, serial: _, devices } = config;
         // A vCPU has 12 KiB of state with AVX-512, 20 KiB with AMX.
         const SHARED: usize = 64 << 10;
         const PER_VCPU: usize = 64 << 10;
-        let capacity = (SHARED + PER_VCPU * cpus as usize).min(header::CAP);
+        // A device has less than 1 KiB of state, and some more for each further queue.
+        const PER_DEVICE: usize = 16 << 10;
+        let capacity = (SHARED + PER_VCPU * *cpus as usize + PER_DEVICE * devices.len()).min(header::CAP);
         let file =
             memory::create_memfd(&format!("kho-vmm-state:{name}"), capacity as u64).map_err(PersistError::Memory)?;
         Ok(Self { file, capacity })
@@ -68,7 +75,7 @@ impl StateFile {
     }
 
     /// Writes the document and returns its size in bytes.
-    pub fn write(&self, document: &MachineV1) -> Result<u64, PersistError> {
+    pub fn write(&self, document: &MachineV2) -> Result<u64, PersistError> {
         let bytes = document.to_bytes()?;
         if bytes.len() > self.capacity {
             return Err(PersistError::TooLarge { document: bytes.len(), capacity: self.capacity });
@@ -93,7 +100,7 @@ impl StateFile {
 }
 
 /// Reads and decodes the document in a memfd that another process or kernel has left. Tells its size in bytes, too.
-pub fn read(file: impl AsFd) -> Result<(MachineV1, u64), PersistError> {
+pub fn read(file: impl AsFd) -> Result<(MachineV2, u64), PersistError> {
     // One byte more than a document may have is enough to see that it is too long.
     let mut bytes = vec![0; header::CAP + 1];
     let mut read = 0;
@@ -104,19 +111,26 @@ pub fn read(file: impl AsFd) -> Result<(MachineV1, u64), PersistError> {
             Err(errno) => return Err(PersistError::File { operation: "read", source: errno.into() }),
         }
     }
-    let document = MachineV1::from_bytes(&bytes[..read])?;
+    let document = MachineV2::from_bytes(&bytes[..read])?;
     let size = header::length(&bytes[..read]).unwrap_or(read as u64);
     Ok((document, size))
 }
 
 /// The machine's shape, as the document has it.
-pub fn config_record(config: &MachineConfig) -> ConfigV1 {
-    let MachineConfig { name: _, cpus, memory, serial } = config;
-    ConfigV1 { cpus: *cpus, memory: *memory, serial: serial.to_string() }
+pub fn config_record(config: &MachineConfig) -> ConfigV2 {
+    let MachineConfig { name: _, cpus, memory, serial, devices } = config;
+    let devices = devices.iter().map(ToString::to_string).collect();
+    ConfigV2 { cpus: *cpus, memory: *memory, serial: serial.to_string(), devices }
 }
 
 /// The machine's shape, from the document.
-pub fn config(document: &MachineV1) -> Result<MachineConfig, PersistError> {
-    let ConfigV1 { cpus, memory, serial } = &document.config;
-    Ok(MachineConfig { name: document.name.clone(), cpus: *cpus, memory: *memory, serial: serial.parse()? })
+pub fn config(document: &MachineV2) -> Result<MachineConfig, PersistError> {
+    let ConfigV2 { cpus, memory, serial, devices } = &document.config;
+    Ok(MachineConfig {
+        name: document.name.clone(),
+        cpus: *cpus,
+        memory: *memory,
+        serial: serial.parse()?,
+        devices: devices.iter().map(|device| device.parse()).collect::<Result<_, _>>()?,
+    })
 }

@@ -14,13 +14,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
-use kho_abi::document::machine::MachineV1;
+use kho_abi::document::machine::MachineV2;
 use kho_abi::document::timeline::{Phase, TimelineV1};
 use kho_abi::tokens;
 use serde::Serialize;
 
 use crate::arch::{self, ArchError};
 use crate::config::{MachineConfig, VmConfig};
+use crate::device::virtio::VirtioError;
 use crate::fault::{self, Action, InjectedFault};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{MemoryError, Ram};
@@ -117,6 +118,7 @@ impl VmError {
                     MachineError::Config(_)
                         | MachineError::Arch(ArchError::Unfit(_))
                         | MachineError::Memory(MemoryError::Unfit(_))
+                        | MachineError::Device(VirtioError::Unfit { .. })
                         | MachineError::Vcpu(VcpuError::State { source: ArchError::Unfit(_), .. })
                 )
         )
@@ -283,6 +285,8 @@ impl Vm {
             let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV1::new(1));
             timeline.mark(Phase::FirstInstruction, arch::counter());
             before_first_run(&timeline);
+            // Not earlier: they write to the guest's memory, from which the VM could be restored once more until now.
+            inner.machine.start_virtio(restored);
             if restored {
                 inner.control().timeline = Some(timeline);
             }
@@ -309,7 +313,7 @@ impl Vm {
 
     /// What it is doing.
     pub fn status(&self) -> Status {
-        let MachineConfig { name, cpus, memory, serial: _ } = self.0.machine.config();
+        let MachineConfig { name, cpus, memory, serial: _, devices: _ } = self.0.machine.config();
         let control = self.0.control();
         Status {
             name: name.clone(),
@@ -357,7 +361,6 @@ impl Vm {
 
     /// Gets everything ready to be preserved while the guest runs on.
     pub fn prepare(&self) -> Result<Prepared, VmError> {
-        let name = self.0.machine.config().name.clone();
         let mut control = self.0.control();
         match control.state {
             State::Running | State::Paused => control.state = State::Prepared,
@@ -365,17 +368,18 @@ impl Vm {
         }
         drop(control);
         // Outside of the lock, as it may take seconds.
-        let prepared = self.prepare_files(&name);
+        let prepared = self.prepare_files();
         if prepared.is_err() {
             self.thaw()?;
         }
         prepared
     }
 
-    fn prepare_files(&self, name: &str) -> Result<Prepared, VmError> {
+    fn prepare_files(&self) -> Result<Prepared, VmError> {
         let machine = &self.0.machine;
         machine.ram().populate().map_err(MachineError::from)?;
-        let state_file = StateFile::create(name, machine.config().cpus)?;
+        machine.flush_devices()?;
+        let state_file = StateFile::create(machine.config())?;
         let state = state_file
             .file()
             .try_clone()
@@ -468,7 +472,7 @@ impl Inner {
         if wanted == Wanted::Running {
             self.stop_vcpus()?;
         }
-        self.machine.pause_devices();
+        self.machine.pause_devices()?;
         let stopped = arch::counter();
         let mut answers = Vec::new();
         for vcpu in &self.vcpus {
@@ -499,7 +503,7 @@ impl Inner {
 }
 
 /// The one memfd that holds all RAM, as this version writes documents.
-fn file_of_ranges(files: Vec<(u64, OwnedFd)>, document: &MachineV1) -> Result<OwnedFd, VmError> {
+fn file_of_ranges(files: Vec<(u64, OwnedFd)>, document: &MachineV2) -> Result<OwnedFd, VmError> {
     let mut files = files.into_iter();
     let (Some((token, file)), None) = (files.next(), files.next()) else {
         return Err(VmError::Files("exactly one memfd holds a VM's memory".to_owned()));

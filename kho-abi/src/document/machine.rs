@@ -2,15 +2,16 @@
 
 use alloc::collections::BTreeSet;
 use alloc::format;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use super::device::SerialV1;
 use super::memory::RamRangeV1;
 use super::node::Node;
 use super::platform::PlatformState;
-use super::record::{Reader, Record, from_node, to_node};
+use super::record::{Reader, Record, from_node, read_node, to_node};
 use super::vcpu::VcpuState;
+use super::virtio::VirtioMmioV1;
 use super::{DecodeError, DocumentError, EncodeError, Problem, fdt, header};
 use crate::names;
 
@@ -19,7 +20,7 @@ pub const RAM_RANGES_MAX: usize = 64;
 /// The most vCPUs of a VM. (The cap on the document's size is reached earlier by most.)
 pub const VCPUS_MAX: usize = 1024;
 
-/// What the operator asked for when the VM was first started.
+/// What the operator asked for when the VM was first started, of a machine without virtio devices. Only read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConfigV1 {
     /// Number of vCPUs.
@@ -43,9 +44,53 @@ impl Record for ConfigV1 {
     }
 }
 
+/// What the operator asked for when the VM was first started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfigV2 {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Guest RAM in bytes.
+    pub memory: u64,
+    /// Where the serial port leads, in the words of the command line.
+    pub serial: String,
+    /// The virtio devices by slot: each its kind, and behind a colon the words of the command line, where it has any.
+    pub devices: Vec<String>,
+}
+
+impl From<ConfigV1> for ConfigV2 {
+    fn from(config: ConfigV1) -> Self {
+        let ConfigV1 { cpus, memory, serial } = config;
+        Self { cpus, memory, serial, devices: Vec::new() }
+    }
+}
+
+impl Record for ConfigV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,config-v2";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { cpus, memory, serial, devices } = self;
+        node.with_u32("cpus", *cpus)
+            .with_u64("memory", *memory)
+            .with_str("serial", serial)
+            .with_strings("devices", devices.iter().map(String::as_str))
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            cpus: reader.u32("cpus")?,
+            memory: reader.u64("memory")?,
+            serial: reader.string("serial")?,
+            devices: reader.strings("devices")?,
+        })
+    }
+}
+
+/// What the root of a machine without virtio devices calls itself.
+const MACHINE_V1: &str = "kho-vmm,vm-v1";
+
 /// A whole VM but the content of its RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MachineV1 {
+pub struct MachineV2 {
     /// The VM's name.
     pub name: String,
     /// The architecture it runs on, as `uname -m` says it.
@@ -53,7 +98,7 @@ pub struct MachineV1 {
     /// How many updates the VM has been through, this one included.
     pub generation: u64,
     /// What the operator asked for.
-    pub config: ConfigV1,
+    pub config: ConfigV2,
     /// Guest RAM.
     pub ram: Vec<RamRangeV1>,
     /// Interrupt controllers, timers, clock.
@@ -62,13 +107,19 @@ pub struct MachineV1 {
     pub vcpus: Vec<VcpuState>,
     /// The first serial port.
     pub serial: SerialV1,
+    /// The virtio devices by slot, as many as the configuration names.
+    pub virtio: Vec<VirtioMmioV1>,
 }
 
-impl Record for MachineV1 {
-    const COMPATIBLE: &'static str = "kho-vmm,vm-v1";
+impl Record for MachineV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,vm-v2";
 
     fn encode(&self, node: Node) -> Node {
-        let Self { name, architecture, generation, config, ram, platform, vcpus, serial } = self;
+        let Self { name, architecture, generation, config, ram, platform, vcpus, serial, virtio } = self;
+        let slots = virtio.iter().enumerate();
+        let devices = Node::new(names::DEVICES)
+            .with_child(to_node(names::SERIAL, serial))
+            .with_children(slots.map(|(slot, device)| to_node(&format!("{}@{slot}", names::VIRTIO), device)));
         node.with_str("name", name)
             .with_str("architecture", architecture)
             .with_u64("generation", *generation)
@@ -76,31 +127,74 @@ impl Record for MachineV1 {
             .with_child(Node::new(names::MEMORY).with_children(ram.iter().map(RamRangeV1::to_node)))
             .with_child(platform.to_node())
             .with_child(Node::new(names::VCPUS).with_children(vcpus.iter().map(VcpuState::to_node)))
-            .with_child(Node::new(names::DEVICES).with_child(to_node(names::SERIAL, serial)))
+            .with_child(devices)
     }
 
-    /// What needs no host to be known wrong is refused here, so that whoever holds a `MachineV1` that was decoded need
+    /// What needs no host to be known wrong is refused here, so that whoever holds a `MachineV2` that was decoded need
     /// not ask again: ranges of whole pages that overlap neither in the guest nor in their memfds and add up to the
-    /// memory asked for, as many vCPUs as asked for, one architecture throughout.
+    /// memory asked for, as many vCPUs and devices as asked for, one architecture throughout.
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let name = reader.string("name")?;
-        if !names::is_valid_vm_name(&name) {
-            return Err(reader.invalid("name", "cannot be a VM's"));
+        decode_machine(
+            reader,
+            |reader, name| reader.child(name),
+            |devices, config: &ConfigV2| {
+                let virtio = decode_numbered(devices, names::VIRTIO)?;
+                if virtio.len() != config.devices.len() {
+                    let reason = format!("devices are {}, {} were asked for", virtio.len(), config.devices.len());
+                    return Err(devices.invalid("virtio", reason));
+                }
+                Ok(virtio)
+            },
+        )
+    }
+}
+
+/// The records in all children called `prefix@0`, `prefix@1`, and so on.
+pub(super) fn decode_numbered<R: Record>(reader: &mut Reader<'_>, prefix: &str) -> Result<Vec<R>, DecodeError> {
+    let mut next = 0_u32;
+    reader.each(prefix, |reader| {
+        if reader.unit_address() != Some(next.to_string().as_str()) {
+            return Err(reader.invalid("number", format!("is not {next}, which comes next")));
         }
-        let architecture = reader.string("architecture")?;
-        let generation = reader.u64("generation")?;
-        let config: ConfigV1 = reader.child(names::CONFIG)?;
-        let ram = reader.group(names::MEMORY, |memory| decode_ram(memory, config.memory))?;
-        let platform = reader.group(names::PLATFORM, PlatformState::decode)?;
-        if platform.architecture() != architecture {
-            return Err(reader.invalid("platform", format!("is of {}, not {architecture}", platform.architecture())));
-        }
-        let vcpus = reader.group(names::VCPUS, |vcpus| decode_vcpus(vcpus, config.cpus, &architecture))?;
-        if platform.vcpus().is_some_and(|count| count != vcpus.len()) {
-            return Err(reader.invalid("platform", format!("is not that of {} vCPUs", vcpus.len())));
-        }
-        let serial = reader.group(names::DEVICES, |devices| devices.child(names::SERIAL))?;
-        Ok(Self { name, architecture, generation, config, ram, platform, vcpus, serial })
+        next = next.saturating_add(1);
+        reader.record()
+    })
+}
+
+/// Reads a machine of any version; `config` and `virtio` read what differs.
+fn decode_machine(
+    reader: &mut Reader<'_>,
+    config: impl FnOnce(&mut Reader<'_>, &str) -> Result<ConfigV2, DecodeError>,
+    virtio: impl FnOnce(&mut Reader<'_>, &ConfigV2) -> Result<Vec<VirtioMmioV1>, DecodeError>,
+) -> Result<MachineV2, DecodeError> {
+    let name = reader.string("name")?;
+    if !names::is_valid_vm_name(&name) {
+        return Err(reader.invalid("name", "cannot be a VM's"));
+    }
+    let architecture = reader.string("architecture")?;
+    let generation = reader.u64("generation")?;
+    let config = config(reader, names::CONFIG)?;
+    let ram = reader.group(names::MEMORY, |memory| decode_ram(memory, config.memory))?;
+    let platform = reader.group(names::PLATFORM, PlatformState::decode)?;
+    if platform.architecture() != architecture {
+        return Err(reader.invalid("platform", format!("is of {}, not {architecture}", platform.architecture())));
+    }
+    let vcpus = reader.group(names::VCPUS, |vcpus| decode_vcpus(vcpus, config.cpus, &architecture))?;
+    if platform.vcpus().is_some_and(|count| count != vcpus.len()) {
+        return Err(reader.invalid("platform", format!("is not that of {} vCPUs", vcpus.len())));
+    }
+    let (serial, virtio) =
+        reader.group(names::DEVICES, |devices| Ok((devices.child(names::SERIAL)?, virtio(devices, &config)?)))?;
+    Ok(MachineV2 { name, architecture, generation, config, ram, platform, vcpus, serial, virtio })
+}
+
+/// Reads a machine of this version or the previous one.
+fn decode_any(reader: &mut Reader<'_>) -> Result<MachineV2, DecodeError> {
+    if reader.compatible()? == MACHINE_V1 {
+        let config = |reader: &mut Reader<'_>, name: &str| reader.child::<ConfigV1>(name).map(ConfigV2::from);
+        decode_machine(reader, config, |_, _| Ok(Vec::new()))
+    } else {
+        reader.record()
     }
 }
 
@@ -156,7 +250,7 @@ fn decode_vcpus(vcpus: &mut Reader<'_>, asked_for: u32, architecture: &str) -> R
     Ok(states)
 }
 
-impl MachineV1 {
+impl MachineV2 {
     /// The sealed document.
     ///
     /// # Errors
@@ -167,11 +261,11 @@ impl MachineV1 {
         header::seal(&fdt::write(&root)?)
     }
 
-    /// The VM that a sealed document describes.
+    /// The VM that a sealed document describes, be it of this version or the previous one.
     ///
     /// # Errors
     /// When the seal is broken, the tree malformed, or anything in it missing, unknown or impossible.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DocumentError> {
-        Ok(from_node(&fdt::read(header::open(bytes)?)?)?)
+        Ok(read_node(&fdt::read(header::open(bytes)?)?, decode_any)?)
     }
 }

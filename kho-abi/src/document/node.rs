@@ -60,6 +60,12 @@ impl Node {
         self.with_bytes(name, bytes)
     }
 
+    /// Adds a list of texts, each ended by a NUL.
+    pub fn with_strings<'a>(self, name: &str, values: impl IntoIterator<Item = &'a str>) -> Self {
+        let bytes: Vec<u8> = values.into_iter().flat_map(|value| value.bytes().chain([0])).collect();
+        self.with_bytes(name, bytes)
+    }
+
     /// Adds bytes as they are.
     pub fn with_bytes(mut self, name: &str, value: impl Into<Vec<u8>>) -> Self {
         self.properties.insert(name.into(), value.into());

@@ -41,7 +41,18 @@ pub fn to_node<R: Record>(name: &str, record: &R) -> Node {
 /// # Errors
 /// When the node is of another kind or version, lacks something, or has something that the record did not read.
 pub fn from_node<R: Record>(node: &Node) -> Result<R, DecodeError> {
-    Reader::new(node, &node.name).read(|reader| reader.record())
+    read_node(node, |reader| reader.record())
+}
+
+/// What `read` makes of `node`: for a node that can hold one of several records.
+///
+/// # Errors
+/// When `read` fails, or leaves something.
+pub fn read_node<T>(
+    node: &Node,
+    read: impl FnOnce(&mut Reader<'_>) -> Result<T, DecodeError>,
+) -> Result<T, DecodeError> {
+    Reader::new(node, &node.name).read(read)
 }
 
 /// Reads one node and remembers what has been read.
@@ -165,6 +176,43 @@ impl<'a> Reader<'a> {
             .and_then(|text| str::from_utf8(text).ok())
             .map(ToString::to_string)
             .ok_or_else(|| self.error(Problem::NotText { name: name.into() }))
+    }
+
+    /// A list of texts.
+    ///
+    /// # Errors
+    /// When it is missing, not UTF-8, or the last is not ended by a NUL.
+    pub fn strings(&mut self, name: &str) -> Result<Vec<String>, DecodeError> {
+        let value = self.value(name)?;
+        if value.is_empty() {
+            return Ok(Vec::new());
+        }
+        value
+            .strip_suffix(&[0])
+            .and_then(|texts| str::from_utf8(texts).ok())
+            .map(|texts| texts.split('\0').map(ToString::to_string).collect())
+            .ok_or_else(|| self.error(Problem::NotText { name: name.into() }))
+    }
+
+    /// A flag: one byte, 0 or 1.
+    ///
+    /// # Errors
+    /// When it is missing, of another size, or has another value.
+    pub fn flag(&mut self, name: &'static str) -> Result<bool, DecodeError> {
+        match self.u8(name)? {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => Err(self.invalid(name, format!("is {value}, neither 0 nor 1"))),
+        }
+    }
+
+    /// An integer of 16 bits, which takes 32.
+    ///
+    /// # Errors
+    /// When it is missing, of another size, or larger.
+    pub fn u16(&mut self, name: &'static str) -> Result<u16, DecodeError> {
+        let value = self.u32(name)?;
+        u16::try_from(value).map_err(|_| self.invalid(name, format!("is {value}, more than 16 bits can hold")))
     }
 
     /// A list of entries of `N` bytes each.

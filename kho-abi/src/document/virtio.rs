@@ -1,11 +1,14 @@
 //! virtio devices: the transport's state, which all have, and what each kind has beside.
 
 mod block;
+mod transport;
 
-use super::DecodeError;
 use super::node::Node;
-use super::record::{Reader, Record};
+use super::record::{Reader, Record, to_node};
+use super::{DecodeError, Problem};
+use crate::names;
 pub use block::{BlockV1, ImageKind};
+pub use transport::{QueueV1, VirtioMmioV1};
 
 /// What a device has of its own. `compatible` says whose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +17,28 @@ pub enum VirtioState {
     Rng(RngV1),
     /// A disk.
     Block(BlockV1),
+}
+
+impl VirtioState {
+    /// The node `device`.
+    fn to_node(&self) -> Node {
+        match self {
+            Self::Rng(state) => to_node(names::VIRTIO_DEVICE, state),
+            Self::Block(state) => to_node(names::VIRTIO_DEVICE, state),
+        }
+    }
+
+    /// Reads a node of any kind of device.
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        match reader.compatible()?.as_str() {
+            RngV1::COMPATIBLE => Ok(Self::Rng(reader.record()?)),
+            BlockV1::COMPATIBLE => Ok(Self::Block(reader.record()?)),
+            found => {
+                let expected = [RngV1::COMPATIBLE, BlockV1::COMPATIBLE].join(" or ");
+                Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
+            }
+        }
+    }
 }
 
 /// An entropy source has no state.

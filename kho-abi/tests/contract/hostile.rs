@@ -1,7 +1,7 @@
 //! Trees under a good checksum that say what cannot be true: refused, with the path of the node that says it.
 
 use kho_abi::document::index::IndexV1;
-use kho_abi::document::machine::{MachineV1, RAM_RANGES_MAX, VCPUS_MAX};
+use kho_abi::document::machine::{MachineV2, RAM_RANGES_MAX, VCPUS_MAX};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::record::{from_node, to_node};
@@ -28,8 +28,8 @@ fn roots() -> [Node; 2] {
 /// What a reader says of `root` when it comes as a sealed document; the same as when it comes as a tree.
 fn error(root: &Node) -> DecodeError {
     let sealed = header::seal(&fdt::write(root).unwrap()).unwrap();
-    let Err(DocumentError::Body(error)) = MachineV1::from_bytes(&sealed) else { panic!("accepted: {root:?}") };
-    assert_eq!(from_node::<MachineV1>(root).unwrap_err(), error);
+    let Err(DocumentError::Body(error)) = MachineV2::from_bytes(&sealed) else { panic!("accepted: {root:?}") };
+    assert_eq!(from_node::<MachineV2>(root).unwrap_err(), error);
     error
 }
 
@@ -66,7 +66,7 @@ fn paths(node: &Node, path: &str, found: &mut Vec<String>) {
 /// Every node of a machine of each architecture, with its path.
 fn all_paths() -> Vec<(Node, String)> {
     let mut all = vec![];
-    for (root, count) in roots().into_iter().zip([11, 15]) {
+    for (root, count) in roots().into_iter().zip([17, 21]) {
         let mut found = vec![];
         paths(&root, "", &mut found);
         assert_eq!(found.len(), count);
@@ -109,11 +109,14 @@ fn a_missing_node_is_refused_in_every_node() {
             let removed = at(&mut root, &path).children.remove(index);
             match removed.name.as_str() {
                 // Whether there is one is for the host to judge.
-                "its" => assert!(from_node::<MachineV1>(&root).is_ok()),
+                "its" => assert!(from_node::<MachineV2>(&root).is_ok()),
                 // The group is there, but one of it is missing: who knows how many there must be says so.
                 name if name.starts_with("redistributor@") => {
                     assert_eq!(error(&root).to_string(), "/: platform is not that of 2 vCPUs");
                 }
+                // So for queues: what the device is says how many it has.
+                name if name.starts_with("queue@") => assert!(from_node::<MachineV2>(&root).is_ok()),
+                name if name.starts_with("virtio@") => assert!(error(&root).path.starts_with("/devices")),
                 name => assert_eq!(error(&root).path, path, "without {name}"),
             }
         }
@@ -138,7 +141,7 @@ fn an_integer_of_another_size_is_refused_in_every_node() {
             }
         }
     }
-    assert_eq!(integers, 27 + 38);
+    assert_eq!(integers, 27 + 38 + 2 * 32);
 }
 
 #[test]
@@ -147,7 +150,7 @@ fn another_version_is_refused_in_every_node() {
         let node = at(&mut changed, &path);
         let Some(compatible) = node.properties.get_mut("compatible") else { continue };
         let expected = String::from_utf8(compatible[..compatible.len() - 1].to_vec()).unwrap();
-        let found = expected.replace("-v1", "-v2");
+        let found = expected.replace("-v1", "-v9").replace("-v2", "-v9");
         *compatible = format!("{found}\0").into_bytes();
         // Where a record of either architecture can stand, both are named.
         let error = error(&changed);
@@ -233,6 +236,25 @@ fn more_or_fewer_vcpus_than_asked_for_are_refused() {
     refused(|root| at(root, "/vcpus").children.clear(), "/vcpus", "vCPUs are 0, 2 were asked for");
 }
 
+#[test]
+fn more_fewer_or_otherwise_numbered_devices_than_asked_for_are_refused() {
+    refused(set("/config", "devices", *b"rng\0"), "/devices", "virtio devices are 2, 1 were asked for");
+    refused(set("/config", "devices", *b""), "/devices", "virtio devices are 2, 0 were asked for");
+    let renamed = |path: &'static str, name: &'static str| move |root: &mut Node| at(root, path).name = name.into();
+    let number = |number: u32| format!("number is not {number}, which comes next");
+    refused(renamed("/devices/virtio@1", "virtio@2"), "/devices/virtio@2", &number(1));
+    refused(renamed("/devices/virtio@0/queue@0", "queue@00"), "/devices/virtio@0/queue@00", &number(0));
+}
+
+#[test]
+fn device_words_and_queue_numbers_that_cannot_be_are_refused() {
+    refused(set("/config", "devices", *b"rng"), "/config", r#"property "devices" is no text ended by a NUL"#);
+    let queue = "/devices/virtio@0/queue@0";
+    refused(set(queue, "ready", [2]), queue, "ready is 2, neither 0 nor 1");
+    let large = 0x1_0000_u32.to_be_bytes();
+    refused(set(queue, "next-used", large), queue, "next-used is 65536, more than 16 bits can hold");
+}
+
 /// A machine with this RAM, which asks for as much as there is.
 fn with_ram(ram: &[(u64, u64, u64, u64)]) -> impl FnOnce(&mut Node) + use<> {
     let mut machine = sample::machine();
@@ -301,7 +323,7 @@ fn a_node_that_occurs_twice_is_refused_before_and_after_it_is_written() {
         node.children.push(child);
         let expected = DecodeError { path, problem };
         assert_eq!(fdt::write(&root), Err(expected.clone().into()));
-        assert_eq!(from_node::<MachineV1>(&root), Err(expected));
+        assert_eq!(from_node::<MachineV2>(&root), Err(expected));
     }
 }
 

@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1};
 use kho_abi::document::index::{IndexEntryV1, IndexV1};
-use kho_abi::document::machine::{ConfigV1, MachineV1};
+use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::platform::PlatformState;
 use kho_abi::document::record::{from_node, to_node};
 use kho_abi::document::timeline::{Phase, TimelineV1};
 use kho_abi::document::vcpu::VcpuState;
+use kho_abi::document::virtio::{QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
 use kho_abi::document::{EncodeError, fdt, header};
 use kho_abi::{names, tokens};
@@ -144,14 +145,14 @@ prop_compose! {
         platform in aarch64_platform(),
         vcpus in vec(aarch64_vcpu(), 1..5),
         first in 0..10_000_u32,
-    ) -> MachineV1 {
+    ) -> MachineV2 {
         let numbered = vcpus.into_iter().zip(first..);
         let vcpus: Vec<_> = numbered.map(|(vcpu, id)| VcpuState::Aarch64(Box::new(aarch64::VcpuV1 { id, ..vcpu }))).collect();
-        let config = ConfigV1 { cpus: vcpus.len() as u32, ..machine.config };
+        let config = ConfigV2 { cpus: vcpus.len() as u32, ..machine.config };
         let mut platform = platform;
         platform.gic.redistributors.truncate(vcpus.len());
         let platform = PlatformState::Aarch64(platform);
-        MachineV1 { architecture: aarch64::NAME.into(), config, platform, vcpus, ..machine }
+        MachineV2 { architecture: aarch64::NAME.into(), config, platform, vcpus, ..machine }
     }
 }
 
@@ -193,13 +194,37 @@ prop_compose! {
         vcpus in vec(vcpu(), 1..4),
         serial in serial(),
         first in 0..10_000_u32,
-    ) -> MachineV1 {
+        virtio in vec(virtio(), 0..3),
+    ) -> MachineV2 {
         let memory = ram.iter().map(|range| range.size).sum();
         let numbered = vcpus.into_iter().zip(first..).map(|(vcpu, id)| VcpuState::X86_64(Box::new(VcpuV1 { id, ..vcpu })));
         let vcpus: Vec<_> = numbered.collect();
-        let config = ConfigV1 { cpus: vcpus.len() as u32, memory, serial: serial_config };
+        let devices = virtio.iter().map(|_| serial_config.clone()).collect();
+        let config = ConfigV2 { cpus: vcpus.len() as u32, memory, serial: serial_config, devices };
         let platform = PlatformState::X86_64(platform);
-        MachineV1 { name, architecture: NAME.into(), generation, config, ram, platform, vcpus, serial }
+        MachineV2 { name, architecture: NAME.into(), generation, config, ram, platform, vcpus, serial, virtio }
+    }
+}
+
+prop_compose! {
+    fn queue()(
+        size: u16, ready: bool, next_available: u16, next_used: u16,
+        (descriptor_table, available_ring, used_ring) in any::<(u64, u64, u64)>(),
+    ) -> QueueV1 {
+        QueueV1 { size, ready, descriptor_table, available_ring, used_ring, next_available, next_used }
+    }
+}
+
+prop_compose! {
+    fn virtio()(
+        (device_features_select, driver_features_select, queue_select) in any::<(u32, u32, u32)>(),
+        (status, interrupt_status, config_generation) in any::<(u32, u32, u32)>(),
+        driver_features: u64,
+        queues in vec(queue(), 0..4),
+    ) -> VirtioMmioV1 {
+        let device = VirtioState::Rng(RngV1);
+        VirtioMmioV1 { device_features_select, driver_features_select, driver_features, queue_select, status,
+                       interrupt_status, config_generation, queues, device }
     }
 }
 
@@ -248,12 +273,12 @@ proptest! {
 
     #[test]
     fn a_machine_is_read_as_it_was_written(machine in machine()) {
-        prop_assert_eq!(MachineV1::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+        prop_assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
     }
 
     #[test]
     fn a_machine_of_aarch64_is_read_as_it_was_written(machine in aarch64_machine()) {
-        prop_assert_eq!(MachineV1::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+        prop_assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
     }
 
     #[test]

@@ -3,27 +3,28 @@
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1};
 use kho_abi::document::index::{IndexEntryV1, IndexV1};
-use kho_abi::document::machine::{ConfigV1, MachineV1};
+use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::platform::PlatformState;
 use kho_abi::document::timeline::{Phase, TimelineV1};
 use kho_abi::document::vcpu::VcpuState;
+use kho_abi::document::virtio::{BlockV1, ImageKind, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
 
-/// The value in `vm-v1-x86_64.bin`: every field set, every optional one once there and once not. Never change it.
-pub fn machine() -> MachineV1 {
+/// The value in `vm-v2-x86_64.bin`: every field set, every optional one once there and once not. Never change it.
+pub fn machine() -> MachineV2 {
     machine_with(&|length, seed| (0..length).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect())
 }
 
 /// The same machine with one vCPU and payloads of a few bytes.
-pub fn small_machine() -> MachineV1 {
+pub fn small_machine() -> MachineV2 {
     let mut machine = machine_with(&|_, seed| vec![seed, !seed, 0]);
     machine.vcpus.truncate(1);
     machine.config.cpus = 1;
     machine
 }
 
-fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV1 {
+fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV2 {
     let vcpu = |id: u32| VcpuV1 {
         id,
         cpuid: bytes(3 * 40, 1),
@@ -40,11 +41,16 @@ fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV1 {
         tsc_khz: 2_893_432,
         tsc_offset: (id == 0).then_some(u64::MAX - 41),
     };
-    MachineV1 {
+    MachineV2 {
         name: "golden-1".into(),
         architecture: NAME.into(),
         generation: 7,
-        config: ConfigV1 { cpus: 2, memory: 0xe000_0000, serial: "file=/var/log/golden.log".into() },
+        config: ConfigV2 {
+            cpus: 2,
+            memory: 0xe000_0000,
+            serial: "file=/var/log/golden.log".into(),
+            devices: devices(),
+        },
         ram: vec![
             RamRangeV1 { gpa: 0, size: 0xc000_0000, token: 0x100, offset: 0 },
             RamRangeV1 { gpa: 0x1_0000_0000, size: 0x2000_0000, token: 0x100, offset: 0xc000_0000 },
@@ -70,11 +76,65 @@ fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV1 {
             scratch: 0x5a,
             in_buffer: b"typed ahead\n".to_vec(),
         },
+        virtio: virtio(),
     }
 }
 
-/// The value in `vm-v1-aarch64.bin`: every field set, every optional one once there and once not. Never change it.
-pub fn aarch64_machine() -> MachineV1 {
+fn devices() -> Vec<String> {
+    vec!["rng".into(), "block:/var/lib/golden.img,readonly".into()]
+}
+
+/// A device that is in use, and one that no driver has found yet.
+fn virtio() -> Vec<VirtioMmioV1> {
+    let block = BlockV1 {
+        kind: ImageKind::File,
+        device_major: 259,
+        device_minor: 3,
+        inode: 0x0102_0304_0506_0708,
+        size: 512 << 20,
+    };
+    vec![
+        VirtioMmioV1 {
+            device_features_select: 1,
+            driver_features_select: 1,
+            driver_features: 1 << 32,
+            queue_select: 0,
+            status: 0xf,
+            interrupt_status: 1,
+            config_generation: 2,
+            queues: vec![QueueV1 {
+                size: 64,
+                ready: true,
+                descriptor_table: 0x4321_0000,
+                available_ring: 0x4321_1000,
+                used_ring: 0x4321_2000,
+                next_available: 0xfffe,
+                next_used: 0xfffd,
+            }],
+            device: VirtioState::Rng(RngV1),
+        },
+        VirtioMmioV1 {
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            status: 0,
+            interrupt_status: 0,
+            config_generation: 0,
+            queues: vec![QueueV1::default()],
+            device: VirtioState::Block(block),
+        },
+    ]
+}
+
+/// The value in `vm-v1-*.bin`, of which it is a part: the same without virtio devices, which there were none of.
+pub fn before_virtio(machine: MachineV2) -> MachineV2 {
+    let config = ConfigV2 { devices: Vec::new(), ..machine.config };
+    MachineV2 { config, virtio: Vec::new(), ..machine }
+}
+
+/// The value in `vm-v2-aarch64.bin`: every field set, every optional one once there and once not. Never change it.
+pub fn aarch64_machine() -> MachineV2 {
     let bytes = |length: u8, seed: u8| (0..length).map(|at| at.wrapping_mul(29).wrapping_add(seed)).collect::<Vec<_>>();
     let vcpu = |id: u32| aarch64::VcpuV1 {
         id,
@@ -102,10 +162,15 @@ pub fn aarch64_machine() -> MachineV1 {
         cpu_interface: vec![(0xc665, 7), (0xc664, 0x400), (0xc230, 0xf0), (0xc648, 1 << 16)],
         lines: 1 << 27,
     };
-    MachineV1 {
+    MachineV2 {
         name: "golden-2".into(),
         architecture: aarch64::NAME.into(),
-        config: ConfigV1 { cpus: 2, memory: 0xe000_0000, serial: "file=/var/log/golden.log".into() },
+        config: ConfigV2 {
+            cpus: 2,
+            memory: 0xe000_0000,
+            serial: "file=/var/log/golden.log".into(),
+            devices: devices(),
+        },
         ram: vec![RamRangeV1 { gpa: 0x4000_0000, size: 0xe000_0000, token: 0x100, offset: 0 }],
         platform: PlatformState::Aarch64(aarch64::PlatformV1 {
             counter_offset: 0x0102_0304_0506_0708,

@@ -28,6 +28,19 @@ pub struct BlockConfigError {
     reason: &'static str,
 }
 
+impl BlockConfig {
+    /// The same with a path that means the same to the process that goes on with the VM under the next kernel, wherever it is
+    /// started.
+    pub fn absolute(self) -> Result<Self, BlockConfigError> {
+        let refuse = |reason| BlockConfigError { text: self.to_string(), reason };
+        let path = std::path::absolute(&self.path).map_err(|_| refuse("the current folder is unknown"))?;
+        match path.to_str() {
+            Some(text) if !text.contains(',') => Ok(Self { path, ..self }),
+            _ => Err(refuse("the current folder's name has a comma or is not UTF-8; give the image's path in full")),
+        }
+    }
+}
+
 impl FromStr for BlockConfig {
     type Err = BlockConfigError;
 
@@ -83,6 +96,15 @@ mod tests {
         }
         let any_order: BlockConfig = "a,direct,readonly".parse().unwrap();
         assert_eq!(any_order.to_string(), "a,readonly,direct");
+    }
+
+    #[test]
+    fn relative_path_is_taken_from_the_current_folder() {
+        let here = std::env::current_dir().unwrap();
+        let config: BlockConfig = "a.img,direct".parse().unwrap();
+        assert_eq!(config.absolute().unwrap().to_string(), format!("{},direct", here.join("a.img").display()));
+        let config: BlockConfig = "/a/b.img".parse().unwrap();
+        assert_eq!(config.clone().absolute().unwrap(), config);
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! its own.
 
 pub mod block;
+pub mod mmio;
+pub mod rng;
 pub mod worker;
 
 use std::io;
@@ -14,6 +16,10 @@ use kho_abi::document::virtio::VirtioState;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use self::block::Block;
+use self::rng::Rng;
+use crate::config::device::DeviceConfig;
 
 /// What can go wrong with a virtio device.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +42,22 @@ pub enum VirtioError {
         /// What does not fit, and what to do.
         reason: String,
     },
+}
+
+impl VirtioError {
+    /// The state handed over is not this kind of device's.
+    pub fn other_kind(device: &str) -> Self {
+        let reason = "the state handed over is that of another kind of device".to_owned();
+        Self::Unfit { device: device.to_owned(), reason }
+    }
+}
+
+/// Makes the device that an operator has asked for.
+pub fn build(config: &DeviceConfig) -> Result<Box<dyn VirtioDevice>, VirtioError> {
+    Ok(match config {
+        DeviceConfig::Rng => Box::new(Rng::new()),
+        DeviceConfig::Block(config) => Box::new(Block::new(config)?),
+    })
 }
 
 /// How a device reaches its driver.

@@ -30,7 +30,8 @@ pub fn run(dir: &RunDir, arguments: RunArgs) -> anyhow::Result<u8> {
 }
 
 fn cold(dir: &RunDir, arguments: RunArgs, signals: Signals) -> anyhow::Result<u8> {
-    let RunArgs { name, kernel, initrd, append, cpus, memory, serial, restore: _ } = arguments;
+    let devices = arguments.devices();
+    let RunArgs { name, kernel, initrd, append, cpus, memory, serial, .. } = arguments;
     let (Some(name), Some(kernel)) = (name, kernel) else { bail!("--name and --kernel are needed") };
     if KeptVm::read(dir, &name).is_some() {
         return Err(SocketError::Kept { name }.into());
@@ -39,7 +40,7 @@ fn cold(dir: &RunDir, arguments: RunArgs, signals: Signals) -> anyhow::Result<u8
     // A restored guest does not wait: it knows its clock's rate already.
     arch::await_counter_calibration();
     let failed = format!("cannot start VM {name}");
-    let vm = Vm::cold(VmConfig { name, kernel, initrd, append, cpus, memory, serial }).context(failed)?;
+    let vm = Vm::cold(VmConfig { name, kernel, initrd, append, cpus, memory, serial, devices }).context(failed)?;
     attend(&claim, &vm, signals)?;
     vm.run(Box::new(|_| {})).context("cannot run the guest")?;
     Ok(ended(&vm))

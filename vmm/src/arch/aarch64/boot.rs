@@ -53,7 +53,7 @@ pub struct Machine<'a> {
 
 /// Loads kernel, initrd and device tree.
 pub fn load(memory: &GuestMemoryMmap, config: &VmConfig, machine: &Machine<'_>) -> Result<Entry, BootError> {
-    let VmConfig { kernel, initrd, append, .. } = config;
+    let VmConfig { kernel, initrd, append, devices, .. } = config;
     boot::check_command_line(append, COMMAND_LINE_MAXIMUM)?;
     let ram_end = memory.iter().last().map_or(RAM_START, |region| region.start_addr().0 + region.len());
     let tree_address = (ram_end.min(LOW_END) - TREE_SIZE) & !(TREE_SIZE - 1);
@@ -65,7 +65,7 @@ pub fn load(memory: &GuestMemoryMmap, config: &VmConfig, machine: &Machine<'_>) 
         None => None,
         Some(path) => Some(boot::load_initrd(memory, path, kernel_end, tree_address)?),
     };
-    let tree = Tree { ram: ram_end - RAM_START, machine, append, initrd };
+    let tree = Tree { ram: ram_end - RAM_START, machine, append, initrd, slots: devices.len() };
     let bytes = fdt::build(&tree)?;
     if bytes.len() as u64 > TREE_SIZE {
         return Err(BootError::NoRoom("the device tree"));
@@ -149,6 +149,7 @@ mod tests {
             cpus: 1,
             memory: SIZE,
             serial: SerialConfig::Off,
+            devices: vec![],
         }
     }
 

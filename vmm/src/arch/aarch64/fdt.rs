@@ -10,7 +10,8 @@ use super::RAM_START;
 use super::boot::Machine;
 use super::gic::{DISTRIBUTOR, DISTRIBUTOR_SIZE, REDISTRIBUTOR_SIZE, REDISTRIBUTORS};
 use super::its;
-use super::platform::{RTC, RTC_INTERRUPT, SERIAL, SERIAL_INTERRUPT};
+use super::platform::{Platform, RTC, RTC_INTERRUPT, SERIAL, SERIAL_INTERRUPT};
+use crate::device::virtio::mmio;
 
 /// What the tree is made from.
 pub struct Tree<'a> {
@@ -22,6 +23,8 @@ pub struct Tree<'a> {
     pub append: &'a str,
     /// The initrd's address and size.
     pub initrd: Option<(u64, u64)>,
+    /// How many virtio devices there are.
+    pub slots: usize,
 }
 
 const GIC_PHANDLE: u32 = 1;
@@ -80,6 +83,9 @@ fn write(tree: &Tree<'_>, seed: &[u8; 64]) -> Result<Vec<u8>, Error> {
         fdt.end_node(pmu)?;
     }
     devices(&mut fdt)?;
+    for slot in 0..tree.slots {
+        virtio(&mut fdt, slot)?;
+    }
     fdt.end_node(root)?;
     fdt.finish()
 }
@@ -167,9 +173,20 @@ fn devices(fdt: &mut FdtWriter) -> Result<(), Error> {
     fdt.end_node(rtc)
 }
 
+fn virtio(fdt: &mut FdtWriter, slot: usize) -> Result<(), Error> {
+    let address = Platform::virtio_address(slot);
+    let node = fdt.begin_node(&format!("virtio_mmio@{address:x}"))?;
+    fdt.property_string("compatible", "virtio,mmio")?;
+    fdt.property_array_u64("reg", &[address, mmio::SIZE])?;
+    fdt.property_array_u32("interrupts", &[SHARED, Platform::virtio_interrupt(slot), EDGE_RISING])?;
+    fdt.property_null("dma-coherent")?;
+    fdt.end_node(node)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::device::DEVICES_MAX;
     use dtoolkit::fdt::{Fdt, FdtNode};
     use dtoolkit::{Node as _, Property as _};
     use std::collections::BTreeMap;
@@ -195,7 +212,8 @@ mod tests {
     }
 
     fn tree(machine: &Machine<'_>) -> Node {
-        let tree = Tree { ram: 64 << 20, machine, append: "console=ttyS0", initrd: Some((0x4300_0000, 0x1234)) };
+        let initrd = Some((0x4300_0000, 0x1234));
+        let tree = Tree { ram: 64 << 20, machine, append: "console=ttyS0", initrd, slots: DEVICES_MAX };
         Fdt::new(&build(&tree).unwrap()).unwrap().root().into()
     }
 
@@ -239,6 +257,8 @@ mod tests {
         // INTIDs 33 and 34, counted from 32; 23, counted from 16.
         assert_eq!(interrupts("serial@9000000"), [0, 1, 1]);
         assert_eq!(interrupts("rtc@9010000"), [0, 2, 4]);
+        assert_eq!(interrupts("virtio_mmio@a000000"), [0, 16, 1]);
+        assert_eq!(interrupts("virtio_mmio@a00f000"), [0, 31, 1]);
         assert_eq!(interrupts("pmu"), [1, 7, 4]);
         assert_eq!(interrupts("timer"), [1, 13, 8, 1, 14, 8, 1, 11, 8, 1, 10, 8]);
     }
@@ -258,7 +278,7 @@ mod tests {
         let mpidrs: Vec<u64> = (0..123).collect();
         let mut ranges = ranges(&tree(&Machine { mpidrs: &mpidrs, ..MACHINE }));
         ranges.sort_unstable();
-        assert_eq!(ranges.len(), 6);
+        assert_eq!(ranges.len(), 6 + DEVICES_MAX);
         for pair in ranges.windows(2) {
             assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:#x?}");
         }
@@ -267,7 +287,7 @@ mod tests {
     #[test]
     fn no_two_guests_get_the_same_seed() {
         let machine = Machine { mpidrs: &[0], has_its: false, pmu_interrupt: None };
-        let tree = Tree { ram: 64 << 20, machine: &machine, append: "", initrd: None };
+        let tree = Tree { ram: 64 << 20, machine: &machine, append: "", initrd: None, slots: 0 };
         assert_ne!(build(&tree).unwrap(), build(&tree).unwrap());
     }
 }

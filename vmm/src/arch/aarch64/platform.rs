@@ -17,6 +17,7 @@ use super::{counter, counter_frequency};
 use crate::bus::Bus;
 use crate::config::VmConfig;
 use crate::device::serial::{self, Serial};
+use crate::device::virtio::mmio;
 use crate::machine::MachineError;
 use crate::vcpu::Vcpu;
 
@@ -28,6 +29,11 @@ pub const SERIAL_INTERRUPT: u32 = 1;
 pub const RTC: u64 = 0x0901_0000;
 /// Interrupt of the real-time clock, counted like the serial port's.
 pub const RTC_INTERRUPT: u32 = 2;
+
+/// Registers of the first virtio device; those of the others follow.
+pub const VIRTIO: u64 = 0x0a00_0000;
+/// Interrupt of the first virtio device, counted like the serial port's; those of the others follow.
+pub const VIRTIO_INTERRUPT: u32 = 16;
 
 /// The shared part of a VM.
 pub struct Platform {
@@ -70,6 +76,22 @@ impl Platform {
     /// Connects the serial port's interrupt.
     pub fn connect_serial(&self, vm: &VmFd, interrupt: &EventFd) -> Result<(), ArchError> {
         vm.register_irqfd(interrupt, SERIAL_INTERRUPT).map_err(ArchError::kvm("connect the serial port's interrupt"))
+    }
+
+    /// Where the guest finds the virtio device of a slot.
+    pub fn virtio_address(slot: usize) -> u64 {
+        VIRTIO + slot as u64 * mmio::SIZE
+    }
+
+    /// The interrupt of the virtio device of a slot.
+    pub fn virtio_interrupt(slot: usize) -> u32 {
+        VIRTIO_INTERRUPT + slot as u32
+    }
+
+    /// Connects the interrupt of the virtio device of a slot.
+    pub fn connect_virtio(&self, vm: &VmFd, interrupt: &EventFd, slot: usize) -> Result<(), ArchError> {
+        vm.register_irqfd(interrupt, Self::virtio_interrupt(slot))
+            .map_err(ArchError::kvm("connect a virtio device's interrupt"))
     }
 
     /// Puts the devices where the guest expects them.

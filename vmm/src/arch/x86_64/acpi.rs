@@ -11,9 +11,10 @@ use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::boot::BootError;
-use super::platform::{POWER_PORT, SERIAL_INTERRUPT, SERIAL_PORT};
+use super::platform::{POWER_PORT, Platform, SERIAL_INTERRUPT, SERIAL_PORT, VIRTIO_INTERRUPTS};
 use super::power;
 use crate::device::serial;
+use crate::device::virtio::mmio;
 
 const OEM: [u8; 6] = *b"KHOVMM";
 const OEM_TABLE: [u8; 8] = *b"KHOVMM  ";
@@ -47,12 +48,12 @@ impl Writer<'_> {
     }
 }
 
-/// Writes the tables for `cpus` vCPUs and returns the address of the root pointer.
-pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> Result<u64, BootError> {
+/// Writes the tables for `cpus` vCPUs and as many virtio devices as `slots` and returns the address of the root pointer.
+pub fn write(memory: &GuestMemoryMmap, cpus: u32, slots: usize) -> Result<u64, BootError> {
     // The root pointer comes first, where a search finds it at once; its content is known last.
     let root = START;
     let mut writer = Writer { memory, next: root + 64 };
-    let dsdt = writer.write(&dsdt())?;
+    let dsdt = writer.write(&dsdt(slots))?;
 
     let register =
         |offset: u64| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(POWER_PORT) + offset);
@@ -86,7 +87,7 @@ pub fn write(memory: &GuestMemoryMmap, cpus: u32) -> Result<u64, BootError> {
     writer.write(&Rsdp::new(OEM, xsdt))
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(slots: usize) -> Sdt {
     let mut bytes = Vec::new();
     let name = aml::EISAName::new("PNP0501");
     let ports = aml::IO::new(SERIAL_PORT, SERIAL_PORT, 0, serial::SIZE as u8);
@@ -100,8 +101,29 @@ fn dsdt() -> Sdt {
         ],
     )
     .to_aml_bytes(&mut bytes);
+    for (slot, interrupt) in VIRTIO_INTERRUPTS.iter().enumerate().take(slots) {
+        write_virtio(slot, *interrupt, &mut bytes);
+    }
     aml::Name::new("_S5_".into(), &aml::Package::new(vec![&power::SLEEP_TYPE_OFF])).to_aml_bytes(&mut bytes);
     let mut table = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, REVISION);
     table.append_slice(&bytes);
     table
+}
+
+/// Declares the virtio-mmio device of a slot, by the name that Linux knows such devices by.
+fn write_virtio(slot: usize, interrupt: u32, bytes: &mut Vec<u8>) {
+    // The hole in which they lie ends at 4 GiB.
+    let registers = aml::Memory32Fixed::new(true, Platform::virtio_address(slot) as u32, mmio::SIZE as u32);
+    // An irqfd without a resample descriptor is a pulse.
+    let interrupt = aml::Interrupt::new(true, true, false, false, interrupt);
+    aml::Device::new(
+        format!("_SB_.VR{slot:02X}").as_str().into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"LNRO0005"),
+            &aml::Name::new("_UID".into(), &slot),
+            &aml::Name::new("_CCA".into(), &aml::ONE),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&registers, &interrupt])),
+        ],
+    )
+    .to_aml_bytes(bytes);
 }

@@ -115,9 +115,9 @@ impl Entry {
 
 /// Loads kernel, initrd, command line and tables.
 pub fn load(memory: &GuestMemoryMmap, config: &VmConfig) -> Result<Entry, BootError> {
-    let VmConfig { kernel, initrd, append, cpus, .. } = config;
+    let VmConfig { kernel, initrd, append, cpus, devices, .. } = config;
     write_command_line(memory, append)?;
-    let root = acpi::write(memory, *cpus)?;
+    let root = acpi::write(memory, *cpus, devices.len())?;
     write_tables(memory)?;
     let (loaded, protocol) = load_kernel(memory, kernel)?;
     let initrd = match initrd {
@@ -315,6 +315,7 @@ mod tests {
             cpus: 1,
             memory: 16 << 20,
             serial: SerialConfig::Off,
+            devices: vec![],
         }
     }
 

@@ -20,7 +20,9 @@ use super::super::{ArchError, payload_struct};
 use super::{boot, clocks, counter, ioctl, power};
 use crate::bus::Bus;
 use crate::config::VmConfig;
+use crate::config::device::DEVICES_MAX;
 use crate::device::serial;
+use crate::device::virtio::mmio;
 use crate::machine::MachineError;
 use crate::vcpu::Vcpu;
 
@@ -36,6 +38,11 @@ pub const SERIAL_INTERRUPT: u32 = 4;
 pub const POWER_PORT: u16 = 0x600;
 /// Ports of the keyboard controller.
 const KEYBOARD_PORT: u16 = 0x60;
+
+/// Registers of the first virtio device, below the IOAPIC's; those of the others follow.
+pub const VIRTIO: u64 = 0xfeb0_0000;
+/// Interrupts of the virtio devices, by slot: pins of the IOAPIC that nothing else has.
+pub const VIRTIO_INTERRUPTS: [u32; DEVICES_MAX] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
 
 /// The shared part of a VM.
 pub struct Platform;
@@ -91,6 +98,17 @@ impl Platform {
     /// Connects the serial port's interrupt.
     pub fn connect_serial(&self, vm: &VmFd, interrupt: &EventFd) -> Result<(), ArchError> {
         vm.register_irqfd(interrupt, SERIAL_INTERRUPT).map_err(ArchError::kvm("connect the serial port's interrupt"))
+    }
+
+    /// Where the guest finds the virtio device of a slot.
+    pub fn virtio_address(slot: usize) -> u64 {
+        VIRTIO + slot as u64 * mmio::SIZE
+    }
+
+    /// Connects the interrupt of the virtio device of a slot.
+    pub fn connect_virtio(&self, vm: &VmFd, interrupt: &EventFd, slot: usize) -> Result<(), ArchError> {
+        let pin = VIRTIO_INTERRUPTS.get(slot).ok_or_else(|| ArchError::Unfit(format!("there is no slot {slot}")))?;
+        vm.register_irqfd(interrupt, *pin).map_err(ArchError::kvm("connect a virtio device's interrupt"))
     }
 
     /// Puts the devices where the guest expects them.

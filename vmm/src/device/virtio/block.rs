@@ -179,10 +179,7 @@ impl VirtioDevice for Block {
     fn restore(&mut self, state: &VirtioState) -> Result<(), VirtioError> {
         match state {
             VirtioState::Block(before) => self.image.check_identity(before),
-            _ => Err(VirtioError::Unfit {
-                device: self.image.name.clone(),
-                reason: "the state handed over is that of another kind of device".to_owned(),
-            }),
+            _ => Err(VirtioError::other_kind(&self.image.name)),
         }
     }
 

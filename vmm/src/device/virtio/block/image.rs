@@ -73,15 +73,13 @@ impl Image {
                  it up, and an image of another format than raw must be converted"
             )));
         }
-        lock(&file, *readonly).map_err(|error| match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) if *readonly => {
-                unfit("another process, such as another VM, has the image open for writing; stop it first")
-            }
-            Some(libc::EAGAIN | libc::EACCES) => unfit(
-                "another process, such as another VM, uses the image; stop it first, or attach the image with `readonly` \
-                 to all of them",
+        // Whoever uses it may soon be gone, so this says nothing of the image itself.
+        lock(&file, *readonly).map_err(match readonly {
+            true => system("lock the image; another process, such as another VM, may write to it: stop that first"),
+            false => system(
+                "lock the image; another process, such as another VM, uses it: stop that first, or attach the image with \
+                 `readonly` to all of them",
             ),
-            _ => system("lock the image")(error),
         })?;
         if *direct {
             probe_direct(&file).map_err(|error| match error.raw_os_error() {
@@ -317,7 +315,7 @@ mod tests {
         let first = Image::open(&config).unwrap();
         for second in [&config, &readonly] {
             let error = Image::open(second).err().unwrap();
-            assert!(matches!(&error, VirtioError::Unfit { reason, .. } if reason.contains("stop it first")), "{error}");
+            assert!(matches!(&error, VirtioError::System { operation, .. } if operation.contains("stop that first")));
         }
         drop(first);
         let readers = [Image::open(&readonly).unwrap(), Image::open(&readonly).unwrap()];
