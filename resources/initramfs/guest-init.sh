@@ -3,19 +3,21 @@
 #   LINUX line n=<sequence> clock_ms=<uptime> ticks=<what a second process has counted> sum=<of a file in memory>
 #   DAMAGE <what> <detail>
 # On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how, lab.disk=DEVICE gives
-# it a disk of 16 MiB to write to and to read back. Line n is said only when record n is on the disk for good.
+# it a disk of 16 MiB to write to and to read back, lab.rng=1 an entropy source. Line n is said only when record n is on the disk
+# for good.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk=
+lines=0 end=poweroff disk= rng=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
     lab.lines=*) lines=${word#*=} ;;
     lab.end=*) end=${word#*=} ;;
     lab.disk=*) disk=/dev/${word#*=} ;;
+    lab.rng=*) rng=${word#*=} ;;
   esac
 done
 
@@ -57,6 +59,16 @@ check_disk() {
   dd if=/tmp/record of="$disk" bs=512 seek=$((8192 + n)) conv=sync,notrunc,fsync 2>/dev/null || echo "DAMAGE disk record=$n"
 }
 
+# The processor may be a source of its own, so the one meant is asked for by its name.
+rngs=/sys/class/misc/hw_random
+check_rng() {
+  echo virtio_rng.0 > "$rngs/rng_current" 2>/dev/null || echo "DAMAGE rng available=$(cat "$rngs/rng_available")"
+  found=$(dd if=/dev/hwrng bs=32 count=1 2>/dev/null | sha256sum)
+  [ "$found" != "$random" ] || echo "DAMAGE rng same=$found"
+  random=$found
+}
+random=$(: | sha256sum)
+
 dd if=/dev/urandom of=/tmp/file bs=64k count=16 2>/dev/null
 right=$(sum /tmp/file)
 # A second process shows that the scheduler and timers serve more than one.
@@ -90,6 +102,7 @@ while :; do
     dmesg | grep -E "$bad" | tail -n 1 | while read -r line; do echo "DAMAGE kernel $line"; done
   fi
   [ -z "$disk" ] || check_disk
+  [ -z "$rng" ] || check_rng
   echo "LINUX line n=$n clock_ms=$now ticks=$ticks sum=$sum"
   if [ "$n" = "$lines" ]; then
     echo "LINUX end how=$end"

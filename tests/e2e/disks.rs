@@ -17,7 +17,8 @@ fn what_a_guest_writes_is_read_back_after_live_updates_whether_it_was_flushed_or
     architecture: Architecture,
 ) -> Result<()> {
     Host::with(HostConfig::new("disks", architecture, 1024)?.with_disk(MIB), |host| {
-        let mut guest = Guest::linux("writer", 192).with("lab.disk=vda").option("disk", "/dev/vda").start(host)?;
+        let guest = Guest::linux("writer", 192).with("lab.disk=vda lab.rng=1");
+        let mut guest = guest.option("disk", "/dev/vda").flag("rng").start(host)?;
         guest.await_beats(host, 3)?;
         for side in [Side::Newer, Side::Older] {
             operator::live_update_of_all(host, side, &Update::default())?;

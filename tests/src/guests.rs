@@ -37,8 +37,8 @@ pub struct Guest {
     pub memory: u32,
     /// Added to its command line.
     pub append: String,
-    /// Further options of `vmm run`, each with its value.
-    pub options: Vec<(String, String)>,
+    /// Further words of `vmm run`'s command line.
+    pub options: Vec<String>,
 }
 
 impl Guest {
@@ -61,7 +61,13 @@ impl Guest {
 
     /// The same with another option of `vmm run`.
     pub fn option(mut self, name: &str, value: &str) -> Self {
-        self.options.push((name.into(), value.into()));
+        self.options.extend([format!("--{name}"), value.into()]);
+        self
+    }
+
+    /// The same with another option of `vmm run` that has no value.
+    pub fn flag(mut self, name: &str) -> Self {
+        self.options.push(format!("--{name}"));
         self
     }
 
@@ -87,7 +93,7 @@ impl Guest {
         }
         option("memory", format!("{}M", self.memory));
         option("serial", format!("file={SHARE}/{}", self.log_name()));
-        self.options.iter().for_each(|(name, value)| option(name, value.clone()));
+        arguments.extend(self.options.iter().cloned());
         arguments
     }
 
