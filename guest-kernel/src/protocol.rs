@@ -9,7 +9,8 @@
 //! DAMAGE msr name=lstar expected=0x… found=0x…                 something is not as it was left
 //! ```
 //!
-//! A Linux guest's init speaks the same shape, with `LINUX` for `ORACLE`.
+//! A Linux guest's init speaks the same shape, with `LINUX` for `ORACLE`. So do the loads inside such a guest, with `LOAD`; their
+//! lines have `of=NAME` besides, and each load counts its own lines and pauses.
 
 use core::fmt;
 
@@ -20,6 +21,7 @@ pub const DAMAGE: &str = "DAMAGE";
 
 const ORACLE: &str = "ORACLE";
 const LINUX: &str = "LINUX";
+const LOAD: &str = "LOAD";
 const START: &str = "start";
 const LINE: &str = "line";
 const PAUSE: &str = "pause";
@@ -32,6 +34,8 @@ pub enum Speaker {
     Oracle,
     /// The init of a Linux guest.
     Linux,
+    /// A load inside a Linux guest; `of` says which.
+    Load,
 }
 
 impl Speaker {
@@ -40,6 +44,7 @@ impl Speaker {
         match self {
             Speaker::Oracle => ORACLE,
             Speaker::Linux => LINUX,
+            Speaker::Load => LOAD,
         }
     }
 }
@@ -172,6 +177,7 @@ impl<'a> Line<'a> {
         let speaker = match word {
             ORACLE => Speaker::Oracle,
             LINUX => Speaker::Linux,
+            LOAD => Speaker::Load,
             DAMAGE => {
                 let (what, details) = split_word(rest);
                 return Some(Line::Damage { what, details: Details(details) });

@@ -5,7 +5,7 @@ use crate::architecture::Architecture;
 use crate::host::{Host, PATIENCE, Process, Side};
 use crate::link::SHARE;
 use anyhow::{Context, Result, bail};
-pub use log::Log;
+pub use log::{Load, Log};
 
 /// Which of the two guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

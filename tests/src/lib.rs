@@ -1,7 +1,7 @@
 //! The lab: a KVM host inside QEMU whose kernel can be replaced while VMs run on it, and the developer's commands around it.
 //!
 //! [`host::Host`] is that machine, driven over a virtio-serial port ([`link`]) by its PID 1 ([`init`]); [`guests`] is what
-//! runs on it; [`demo`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`] and [`image`]
+//! runs on it, with [`load`] inside; [`demo`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`] and [`image`]
 //! make what they need.
 pub mod arch;
 pub mod architecture;
@@ -15,6 +15,7 @@ pub mod image;
 pub mod init;
 pub mod kernels;
 pub mod link;
+pub mod load;
 pub mod operator;
 pub mod paths;
 pub mod products;

@@ -1,9 +1,31 @@
 //! A guest's serial log, read while it grows: signs of life, gaps between them, damage, pauses.
 use anyhow::{Context, Result};
-use guest_kernel::protocol::{Line, Speaker};
+use guest_kernel::protocol::{Details, Line, Speaker};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::PathBuf;
+
+/// What one of the loads inside a guest has said so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// How many signs of life there were.
+    pub beats: u64,
+    /// How long it made no progress, in milliseconds each time.
+    pub pauses: Vec<u64>,
+    /// The last sign of life.
+    pub last: String,
+}
+
+impl Load {
+    /// A number of the last sign of life.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        match Line::parse(&self.last)? {
+            Line::Beat { details, .. } => details.number(key),
+            _ => None,
+        }
+    }
+}
 
 /// What a guest has said so far.
 #[derive(Debug)]
@@ -22,6 +44,8 @@ pub struct Log {
     pub pauses: Vec<u64>,
     /// What the guest said when it ended itself.
     pub end: Option<String>,
+    /// What the loads in it have said, by their names.
+    pub loads: BTreeMap<String, Load>,
 }
 
 impl Log {
@@ -37,6 +61,7 @@ impl Log {
             damage: Vec::new(),
             pauses: Vec::new(),
             end: None,
+            loads: BTreeMap::new(),
         }
     }
 
@@ -64,14 +89,28 @@ impl Log {
     fn take(&mut self, text: &str) {
         match Line::parse(text) {
             None => {}
+            Some(Line::Start { speaker: Speaker::Load, details }) => {
+                let of = details.value("of").unwrap_or_default();
+                if self.loads.insert(of.to_owned(), Load::default()).is_some() {
+                    self.damage.push(format!("a load started again: {text}"));
+                }
+            }
+            Some(Line::Beat { n, speaker: Speaker::Load, details }) => {
+                let load = Self::load(&mut self.loads, details);
+                load.beats += 1;
+                load.last = text.trim_end().to_owned();
+                if load.beats != n {
+                    self.damage.push(format!("the load should have said line {}, but said: {text}", load.beats));
+                    load.beats = n;
+                }
+            }
+            Some(Line::Pause { ms, speaker: Speaker::Load, details, .. }) => {
+                Self::load(&mut self.loads, details).pauses.push(ms);
+            }
             Some(Line::Start { .. }) if self.started => self.damage.push(format!("the guest started again: {text}")),
             Some(Line::Start { .. }) => self.started = true,
             Some(Line::Beat { n, speaker, .. }) => {
                 if let Some(expected) = self.next.filter(|expected| *expected != n) {
-                    let speaker = match speaker {
-                        Speaker::Oracle => "the oracle",
-                        Speaker::Linux => "Linux",
-                    };
                     self.damage.push(format!("{speaker} should have said line {expected}, but said: {text}"));
                 }
                 self.next = Some(n + 1);
@@ -82,6 +121,12 @@ impl Log {
             Some(Line::Damage { .. }) => self.damage.push(text.to_owned()),
             Some(Line::Malformed { .. }) => self.damage.push(format!("not a whole line: {text}")),
         }
+    }
+}
+
+impl Log {
+    fn load<'a>(loads: &'a mut BTreeMap<String, Load>, details: Details<'_>) -> &'a mut Load {
+        loads.entry(details.value("of").unwrap_or_default().to_owned()).or_default()
     }
 }
 
@@ -126,5 +171,24 @@ mod tests {
         assert_eq!(log.damage, ["DAMAGE ram at=0x1"]);
         assert_eq!(log.pauses, [250]);
         assert_eq!(log.end.as_deref(), Some("lines=3 how=reset"));
+    }
+
+    #[test]
+    fn loads_are_counted_each_by_itself() {
+        let log = read(&[
+            "LOAD start of=a x=1\nLOAD line n=1 of=a told=5\nLINUX line n=7\nLOAD start of=b\nLOAD line n=1 of=b\n",
+            "LOAD pause n=1 of=b ms=900\nLOAD line n=2 of=a told=9\n",
+        ]);
+        assert_eq!(log.damage, [""; 0]);
+        assert_eq!((log.beats, log.loads["a"].beats, log.loads["b"].beats), (1, 2, 1));
+        assert_eq!(log.loads["a"].number("told"), Some(9));
+        assert_eq!(log.loads["b"].pauses, [900]);
+        assert!(log.pauses.is_empty() && !log.started);
+    }
+
+    #[test]
+    fn a_load_that_starts_again_or_leaves_out_a_line_is_damage() {
+        assert_eq!(read(&["LOAD start of=a\nLOAD start of=a\n"]).damage.len(), 1);
+        assert_eq!(read(&["LOAD start of=a\nLOAD line n=2 of=a\nLOAD line n=3 of=a\n"]).damage.len(), 1);
     }
 }
