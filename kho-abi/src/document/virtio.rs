@@ -1,6 +1,7 @@
 //! virtio devices: the transport's state, which all have, and what each kind has beside.
 
 mod block;
+mod net;
 mod transport;
 
 use super::node::Node;
@@ -8,6 +9,7 @@ use super::record::{Reader, Record, to_node};
 use super::{DecodeError, Problem};
 use crate::names;
 pub use block::{BlockV1, ImageKind};
+pub use net::NetV1;
 pub use transport::{QueueV1, VirtioMmioV1};
 
 /// What a device has of its own. `compatible` says whose.
@@ -17,6 +19,8 @@ pub enum VirtioState {
     Rng(RngV1),
     /// A disk.
     Block(BlockV1),
+    /// A network device.
+    Net(NetV1),
 }
 
 impl VirtioState {
@@ -25,6 +29,7 @@ impl VirtioState {
         match self {
             Self::Rng(state) => to_node(names::VIRTIO_DEVICE, state),
             Self::Block(state) => to_node(names::VIRTIO_DEVICE, state),
+            Self::Net(state) => to_node(names::VIRTIO_DEVICE, state),
         }
     }
 
@@ -33,8 +38,9 @@ impl VirtioState {
         match reader.compatible()?.as_str() {
             RngV1::COMPATIBLE => Ok(Self::Rng(reader.record()?)),
             BlockV1::COMPATIBLE => Ok(Self::Block(reader.record()?)),
+            NetV1::COMPATIBLE => Ok(Self::Net(reader.record()?)),
             found => {
-                let expected = [RngV1::COMPATIBLE, BlockV1::COMPATIBLE].join(" or ");
+                let expected = [RngV1::COMPATIBLE, BlockV1::COMPATIBLE, NetV1::COMPATIBLE].join(" or ");
                 Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
             }
         }

@@ -64,12 +64,14 @@ fn whole_numbers(seed: u64) -> u64 {
     (0..STEPS).fold(seed, |value, step| scramble(value ^ step))
 }
 
-/// A chain of fractions in four lanes, so that SIMD registers are in use; its bits at the end.
+/// A chain of fractions in four lanes, so that SIMD registers are in use; its bits at the end. The chain is chaotic: the least
+/// error grows with every step, where a chain that settles would forget it.
 fn fractions(seed: u64) -> u64 {
-    let mut lanes = [1.0, 2.0, 3.0, 4.0].map(|lane: f64| lane + seed as f64);
-    for step in 0..STEPS {
+    const GOLDEN_RATIO: f64 = 0.618_033_988_749_895;
+    let mut lanes = [1.0, 2.0, 3.0, 4.0].map(|lane: f64| ((lane + seed as f64) * GOLDEN_RATIO).fract());
+    for _ in 0..STEPS {
         for lane in &mut lanes {
-            *lane = (*lane * 1.000_001 + step as f64).sqrt() + 1.0;
+            *lane = 3.99 * *lane * (1.0 - *lane);
         }
     }
     lanes.iter().fold(0, |bits, lane| scramble(bits ^ lane.to_bits()))

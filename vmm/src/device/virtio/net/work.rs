@@ -1,0 +1,280 @@
+//! The thread of a network device: moves frames between the tap and the driver's queues.
+//!
+//! A frame is copied on its way. So the kernel never sees a frame that the guest is still changing, and what does not fit is known
+//! before any of it is in the guest's memory.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET,
+    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+};
+use virtio_queue::{DescriptorChain, QueueT, Writer};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::HEADER;
+use super::tap::Tap;
+use crate::device::virtio::worker::Work;
+use crate::device::virtio::{ActiveQueue, Notifier};
+
+/// The queues, and the numbers of their kicks.
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const CONTROL: usize = 2;
+/// The number of the tap's events.
+const TAP: u64 = 3;
+
+/// The longest frame, with its header: 64 KiB of what lies behind the Ethernet header and two VLAN tags.
+pub const FRAME_MAX: usize = HEADER + 22 + (64 << 10);
+/// The shortest: an Ethernet header.
+const FRAME_MIN: usize = HEADER + 14;
+
+/// So many frames are moved before the thread looks whether it is to stop.
+const BATCH: usize = 64;
+
+/// Where the header says over how many chains a frame goes.
+const BUFFERS_AT: usize = 10;
+
+/// What the thread works with.
+pub struct NetWork {
+    tap: Arc<Tap>,
+    memory: GuestMemoryMmap,
+    queues: Vec<ActiveQueue>,
+    notifier: Arc<dyn Notifier>,
+    /// A frame may go over several chains.
+    mergeable: bool,
+    announce: Arc<AtomicBool>,
+    /// Room for a frame.
+    frame: Box<[u8]>,
+    /// The tap's events are waited for: there may be room for a frame, and there is a tap.
+    watching: bool,
+    /// The tap was taken away from us. The guest finds a network in which nothing arrives.
+    gone: bool,
+}
+
+impl NetWork {
+    /// The work of a driver that is ready.
+    pub fn new(
+        tap: Arc<Tap>,
+        memory: GuestMemoryMmap,
+        queues: Vec<ActiveQueue>,
+        notifier: Arc<dyn Notifier>,
+        mergeable: bool,
+        announce: Arc<AtomicBool>,
+    ) -> Self {
+        let frame = vec![0; FRAME_MAX].into_boxed_slice();
+        Self { tap, memory, queues, notifier, mergeable, announce, frame, watching: true, gone: false }
+    }
+
+    /// A queue.
+    #[cfg(test)]
+    pub fn queue(&self, number: usize) -> &ActiveQueue {
+        &self.queues[number]
+    }
+
+    /// Gives the queues back. Nothing is in flight between two calls of the thread.
+    pub fn into_queues(self) -> Vec<ActiveQueue> {
+        self.queues
+    }
+}
+
+impl Work for NetWork {
+    fn sources(&self) -> Vec<(RawFd, EventSet, u64)> {
+        let kicks =
+            self.queues.iter().zip(0..TAP).map(|(active, number)| (active.kick.as_raw_fd(), EventSet::IN, number));
+        kicks.chain([(self.tap.as_raw_fd(), EventSet::IN, TAP)]).collect()
+    }
+
+    fn handle(&mut self, source: u64, events: EventSet, epoll: &Epoll) {
+        if source == TAP {
+            // A tap whose interface was deleted says so, and would say so for ever.
+            self.gone |= events.intersects(EventSet::ERROR | EventSet::HANG_UP);
+        } else if let Some(active) = self.queues.get(source as usize) {
+            active.kicked();
+        }
+        match source as usize {
+            TRANSMIT => self.transmit(),
+            CONTROL => self.control(),
+            // Either there is a frame, or room for one.
+            _ => {
+                let watch = self.receive() && !self.gone;
+                self.watch(watch, epoll);
+            }
+        }
+    }
+
+    /// What the tap has is still there when it is first waited for.
+    fn begin(&mut self) {
+        self.transmit();
+        self.control();
+    }
+
+    fn finish(&mut self) {}
+}
+
+impl NetWork {
+    /// Waits for the tap's events, or no longer.
+    fn watch(&mut self, watch: bool, epoll: &Epoll) {
+        if watch == self.watching {
+            return;
+        }
+        let operation = if watch { ControlOperation::Add } else { ControlOperation::Delete };
+        match epoll.ctl(operation, self.tap.as_raw_fd(), EpollEvent::new(EventSet::IN, TAP)) {
+            Ok(()) => self.watching = watch,
+            Err(error) => tracing::error!(%error, tap = self.tap.name, "cannot wait for frames"),
+        }
+        if self.gone {
+            tracing::error!(tap = self.tap.name, "the tap has been deleted: the guest is cut off from its network");
+        }
+    }
+
+    /// Moves frames to the guest. Says whether there is room for another.
+    ///
+    /// A frame is taken from the tap only when there is a chain. Should it need more chains than there are, it is lost: to wait
+    /// for them would be to wait for ever for a driver that has no more than these.
+    fn receive(&mut self) -> bool {
+        let Self { tap, memory, queues, notifier, mergeable, announce: _, frame, watching: _, gone } = self;
+        let Some(active) = queues.get_mut(RECEIVE) else { return false };
+        let mut given = false;
+        let mut room = true;
+        for _ in 0..BATCH {
+            let first = active.queue.next_avail();
+            let Some(chain) = active.take(memory) else {
+                room = false;
+                break;
+            };
+            match tap.read(frame) {
+                Ok(length) if (FRAME_MIN..=FRAME_MAX).contains(&length) => {
+                    if place(&mut frame[..length], chain, active, memory, *mergeable) {
+                        given = true;
+                        continue;
+                    }
+                    tracing::debug!(tap = tap.name, length, "a frame is lost for lack of room in the guest");
+                }
+                Ok(length) => tracing::debug!(tap = tap.name, length, "a frame that is none"),
+                Err(error) => {
+                    active.queue.set_next_avail(first);
+                    // EBADFD: no interface any more.
+                    *gone |= !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
+                    break;
+                }
+            }
+            active.queue.set_next_avail(first);
+        }
+        if given {
+            active.tell(memory, &**notifier, RECEIVE as u16);
+        }
+        room
+    }
+
+    /// Moves frames to the tap.
+    fn transmit(&mut self) {
+        let Self { tap, memory, queues, notifier, mergeable: _, announce: _, frame, watching: _, gone: _ } = self;
+        let Some(active) = queues.get_mut(TRANSMIT) else { return };
+        let mut given = false;
+        let mut rest = BATCH;
+        while rest > 0 {
+            let Some(chain) = active.take(memory) else { break };
+            let head = chain.head_index();
+            match copy_out(memory, chain, frame) {
+                // A tap that cannot take it, as it is down, loses it.
+                Some(frame) => {
+                    if let Err(error) = tap.write(frame) {
+                        tracing::debug!(%error, tap = tap.name, "a frame of the guest is lost");
+                    }
+                }
+                None => tracing::debug!(tap = tap.name, "the guest sends what is no frame"),
+            }
+            active.give(memory, head, 0);
+            (rest, given) = (rest - 1, true);
+        }
+        if given {
+            active.tell(memory, &**notifier, TRANSMIT as u16);
+        }
+        if rest == 0 {
+            active.again();
+        }
+    }
+
+    /// Hears what the driver has to say.
+    fn control(&mut self) {
+        let Self { tap: _, memory, queues, notifier, mergeable: _, announce, frame: _, watching: _, gone: _ } = self;
+        let Some(active) = queues.get_mut(CONTROL) else { return };
+        let mut rest = BATCH;
+        while rest > 0 {
+            let Some(chain) = active.take(memory) else { break };
+            let head = chain.head_index();
+            let mut command = [0; 2];
+            let known = chain.clone().reader(memory).is_ok_and(|mut reader| reader.read_exact(&mut command).is_ok());
+            let [class, command] = command.map(u32::from);
+            let answer = match (class, command) {
+                _ if !known => VIRTIO_NET_ERR,
+                (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
+                    announce.store(false, Ordering::Release);
+                    VIRTIO_NET_OK
+                }
+                // It gets all that the tap has, whatever it wants: which of it is for the guest the guest can tell.
+                (VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI)
+                | (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET) => VIRTIO_NET_OK,
+                _ => VIRTIO_NET_ERR,
+            };
+            let answered = chain.writer(memory).is_ok_and(|mut writer| writer.write_all(&[answer as u8]).is_ok());
+            active.give(memory, head, answered.into());
+            active.tell(memory, &**notifier, CONTROL as u16);
+            rest -= 1;
+        }
+        if rest == 0 {
+            active.again();
+        }
+    }
+}
+
+type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// The frame in a chain, if it is one.
+fn copy_out<'f>(memory: &GuestMemoryMmap, chain: Chain<'_>, frame: &'f mut [u8]) -> Option<&'f [u8]> {
+    let mut reader = chain.reader(memory).ok()?;
+    let frame = frame.get_mut(..reader.available_bytes()).filter(|frame| frame.len() >= FRAME_MIN)?;
+    reader.read_exact(frame).ok()?;
+    Some(frame)
+}
+
+/// Writes a frame into this chain, and into more of the queue if it has to and may. Says whether there was room; where there was
+/// not, nothing is given back, and what was taken has to be put back.
+fn place<'m>(
+    frame: &mut [u8],
+    chain: Chain<'m>,
+    active: &mut ActiveQueue,
+    memory: &'m GuestMemoryMmap,
+    mergeable: bool,
+) -> bool {
+    // A chain that leads out of memory has no room.
+    let open = |chain: Chain<'m>| (chain.head_index(), Writer::new(memory, chain).ok());
+    let room_in = |writer: &Option<Writer<'m>>| writer.as_ref().map_or(0, Writer::available_bytes);
+    let first = open(chain);
+    let mut room = room_in(&first.1);
+    let mut parts = vec![first];
+    // A driver could add chains for as long as we take them.
+    while room < frame.len() && mergeable && parts.len() < usize::from(active.queue.size()) {
+        let Some(chain) = active.take(memory) else { return false };
+        let part = open(chain);
+        room = room.saturating_add(room_in(&part.1));
+        parts.push(part);
+    }
+    if room < frame.len() {
+        return false;
+    }
+    frame[BUFFERS_AT..HEADER].copy_from_slice(&(parts.len() as u16).to_le_bytes());
+    let mut rest = &*frame;
+    for (head, writer) in parts {
+        let (now, later) = rest.split_at(rest.len().min(room_in(&writer)));
+        let written = writer.is_some_and(|mut writer| writer.write_all(now).is_ok());
+        active.give(memory, head, if written { now.len() as u32 } else { 0 });
+        rest = later;
+    }
+    true
+}

@@ -1,0 +1,61 @@
+//! What the threads of devices do with their queues. A driver can write anything into a ring: what makes no sense is left alone,
+//! and said only to who debugs, as a guest must not fill the host's log.
+
+use virtio_queue::{DescriptorChain, QueueT};
+use vm_memory::GuestMemoryMmap;
+
+use super::{ActiveQueue, Notifier};
+
+impl ActiveQueue {
+    /// The next available chain. When there is none, the driver will kick for the next one.
+    pub fn take<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
+        if !self.queue.ready() {
+            return None;
+        }
+        // A ring that says twice that there is something, and has nothing, is broken.
+        for _ in 0..2 {
+            if let Some(chain) = self.queue.pop_descriptor_chain(memory) {
+                return Some(chain);
+            }
+            match self.queue.enable_notification(memory) {
+                Ok(false) => return None,
+                Ok(true) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "a queue of the guest is broken");
+                    return None;
+                }
+            }
+        }
+        tracing::debug!("a queue of the guest says that it has what it has not");
+        None
+    }
+
+    /// Gives a chain back with so many bytes written into it. The driver is to be told, by [`Self::tell`].
+    pub fn give(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) {
+        if let Err(error) = self.queue.add_used(memory, head, written) {
+            tracing::debug!(%error, head, "a chain of the guest cannot be given back");
+        }
+    }
+
+    /// Tells the driver that chains were given back, if it wants to know.
+    pub fn tell(&mut self, memory: &GuestMemoryMmap, notifier: &dyn Notifier, number: u16) {
+        // Where it cannot be known whether the driver wants to be told, it is told.
+        if self.queue.needs_notification(memory).unwrap_or(true) {
+            notifier.queue_used(number);
+        }
+    }
+
+    /// Takes a kick.
+    pub fn kicked(&self) {
+        if let Err(error) = self.kick.read() {
+            tracing::debug!(%error, "a kick that was none");
+        }
+    }
+
+    /// Has the thread come back for what is left, after it has looked whether it is to stop.
+    pub fn again(&self) {
+        if let Err(error) = self.kick.write(1) {
+            tracing::error!(%error, "what is left in a queue may wait for the guest's next kick");
+        }
+    }
+}
