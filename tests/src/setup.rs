@@ -5,7 +5,7 @@ pub mod tools;
 
 use crate::architecture::Architecture;
 use crate::kernels::{self, build};
-use crate::{emulator, image, paths};
+use crate::{debian, emulator, image, paths};
 use anyhow::{Context, Result, bail};
 use rust::Support;
 use std::path::Path;
@@ -42,6 +42,23 @@ const KERNEL_TOOLS: &[(&str, &str)] = &[
     ("/usr/include/openssl/opensslv.h", "libssl-dev"),
 ];
 
+/// Makes this machine ready for making images of Debian. Quick when it is ready already.
+pub fn for_images(architecture: Architecture) -> Result<()> {
+    let mut needs = missing(debian::TOOLS, "to make images of Debian");
+    needs.extend(user_emulator(architecture));
+    bring(architecture, needs, |_| Ok(missing(debian::TOOLS, "to make images of Debian")))
+}
+
+/// What runs programs of another architecture, when it is missing.
+fn user_emulator(architecture: Architecture) -> Option<Need> {
+    let (emulator, package) = architecture.user_emulator();
+    (!architecture.is_native() && paths::program(emulator).is_none()).then(|| Need {
+        what: format!("{emulator}, to run programs for {}", architecture.name()),
+        how: format!("install QEMU's emulators of single programs (Debian: {package})"),
+        kind: Kind::Package(package),
+    })
+}
+
 fn needs(architecture: Architecture) -> Result<Vec<Need>> {
     let mut needs = Vec::new();
     let (_, package) = architecture.qemu();
@@ -61,12 +78,7 @@ fn needs(architecture: Architecture) -> Result<Vec<Need>> {
         needs.push(Need { what: format!("{reason:#}"), how, kind });
     }
     if !architecture.is_native() {
-        let (emulator, package) = architecture.user_emulator();
-        if paths::program(emulator).is_none() {
-            let what = format!("{emulator}, to run programs for {}", architecture.name());
-            let how = format!("install QEMU's emulators of single programs (Debian: {package})");
-            needs.push(Need { what, how, kind: Kind::Package(package) });
-        }
+        needs.extend(user_emulator(architecture));
         needs.extend(missing(&architecture.cross_tools(), &format!("to build for {}", architecture.name())));
     }
     for target in [architecture.linux_target(), architecture.bare_metal_target()] {
@@ -112,7 +124,15 @@ fn missing(tools: &[(&str, &'static str)], purpose: &str) -> Vec<Need> {
 /// Makes this machine ready for the lab. Quick when it is ready already. Where it may not install anything it changes
 /// nothing, says what is missing, and fails.
 pub fn run(architecture: Architecture) -> Result<()> {
-    let needs = needs(architecture)?;
+    bring(architecture, needs(architecture)?, needs)
+}
+
+/// Brings what is missing, and looks again.
+fn bring(
+    architecture: Architecture,
+    needs: Vec<Need>,
+    again: impl Fn(Architecture) -> Result<Vec<Need>>,
+) -> Result<()> {
     if needs.is_empty() {
         return Ok(());
     }
@@ -145,7 +165,7 @@ pub fn run(architecture: Architecture) -> Result<()> {
             Kind::Kernels => build::missing(architecture, &codename)?,
         }
     }
-    match self::needs(architecture)?.first() {
+    match again(architecture)?.first() {
         Some(need) => bail!("still missing after set-up: {}; {}", need.what, need.how),
         None => Ok(()),
     }

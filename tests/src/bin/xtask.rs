@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tests::architecture::{Accelerator, Architecture};
-use tests::{check, demo, kernels, products::Products, setup};
+use tests::{check, debian, demo, kernels, products::Products, setup};
 
 /// Developer's commands of kho-vmm. Each does its own set-up: on Debian as root it installs what is missing, elsewhere it
 /// says what is missing and changes nothing.
@@ -49,6 +49,12 @@ enum Command {
         /// Only tests whose names contain one of these
         filters: Vec<String>,
     },
+    /// Make the disk images of Debian that guests boot, unless they are there
+    Image {
+        /// Architecture of the guests, or all of them [default: this machine's]
+        #[arg(long, value_parser = selection())]
+        arch: Option<&'static [Architecture]>,
+    },
     /// Only set up this machine, build the lab's programs, and say where they are
     Setup {
         /// Architecture of the host, or all of them [default: this machine's]
@@ -90,6 +96,16 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::Test { arch } => check::all(&chosen(arch)?).map(|()| true),
         Command::E2e { arch, filters } => check::end_to_end(&chosen(arch)?, &filters).map(|()| true),
+        Command::Image { arch } => {
+            for architecture in chosen(arch)? {
+                setup::for_images(architecture)?;
+                for release in debian::releases() {
+                    let image = debian::image(architecture, release)?;
+                    println!("{}, Linux {}: {}", release.codename(), image.version, image.disk.display());
+                }
+            }
+            Ok(true)
+        }
         Command::Setup { arch } => {
             for architecture in chosen(arch)? {
                 setup::run(architecture)?;

@@ -101,6 +101,16 @@ fn rewritten_line(line: &str, codename: &str, suite: &str) -> Option<String> {
     Some(stanza)
 }
 
+/// The machine's own sources of `codename`, rewritten for another release and for any architecture. Empty when there are none.
+pub fn sources_of(codename: &str, release: &str) -> String {
+    without_architectures(&rewritten(&lists(), codename, release))
+}
+
+/// What the machine's own entries are limited to does not hold for another architecture.
+fn without_architectures(sources: &str) -> String {
+    sources.lines().filter(|line| !line.starts_with("Architectures:")).map(|line| format!("{line}\n")).collect()
+}
+
 /// The suites that may hold a package too new for `codename`, the nearest first.
 pub fn suites(codename: &str) -> Vec<String> {
     let mut suites = vec![codename.to_owned(), format!("{codename}-backports")];
@@ -156,12 +166,7 @@ impl Suite {
         let list = suite.folder.join("suite.sources");
         let mut text = rewritten(&lists(), codename, name);
         if architecture.is_some() {
-            // What the machine's own entries are limited to does not hold for another architecture.
-            text = text
-                .lines()
-                .filter(|line| !line.starts_with("Architectures:"))
-                .map(|line| format!("{line}\n"))
-                .collect();
+            text = without_architectures(&text);
         }
         fs::write(&list, text).with_context(|| format!("cannot write {}", list.display()))?;
         let found = run::quietly(suite.tool("apt-get").args(["-q", "update"])).is_ok();
