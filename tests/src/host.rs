@@ -62,14 +62,15 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
-    /// A host with two processors, and an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
+    /// A host with an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
     pub fn new(name: &str, architecture: Architecture, memory: u32) -> Result<Self> {
+        let accelerator = Accelerator::selected(architecture)?;
         Ok(Self {
             name: name.into(),
             architecture,
-            accelerator: Accelerator::selected(architecture)?,
+            accelerator,
             memory,
-            cpus: 2,
+            cpus: architecture.host_cpus(accelerator),
             disk: 0,
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
