@@ -114,18 +114,6 @@ impl Architecture {
         }
     }
 
-    /// The host's processors.
-    ///
-    /// One on emulated x86_64: with two, about one start of a guest in 300 ends in a triple fault, of the guest or of the whole
-    /// host, as QEMU (10.0.2 and 10.0.13) then fetches the host's next instruction behind a VMEXIT through the wrong page tables.
-    /// With one it was not seen in 800 starts.
-    pub fn host_cpus(self, accelerator: Accelerator) -> u32 {
-        match (self, accelerator) {
-            (Self::X86_64, Accelerator::Tcg) => 1,
-            (Self::X86_64, Accelerator::Kvm) | (Self::Aarch64, _) => 2,
-        }
-    }
-
     /// The host's console, as its kernel calls it.
     pub fn console(self) -> &'static str {
         match self {

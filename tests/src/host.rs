@@ -62,15 +62,14 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
-    /// A host with an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
+    /// A host with two processors, and an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
     pub fn new(name: &str, architecture: Architecture, memory: u32) -> Result<Self> {
-        let accelerator = Accelerator::selected(architecture)?;
         Ok(Self {
             name: name.into(),
             architecture,
-            accelerator,
+            accelerator: Accelerator::selected(architecture)?,
             memory,
-            cpus: architecture.host_cpus(accelerator),
+            cpus: 2,
             disk: 0,
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
