@@ -3,6 +3,7 @@ mod lock;
 mod qemu;
 mod wire;
 
+use crate::arch::counter_khz;
 use crate::architecture::{Accelerator, Architecture};
 use crate::kernels::{self, Kernels};
 use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say};
@@ -62,14 +63,15 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
-    /// A host with two processors, and an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
+    /// A host with an accelerator as the environment asks, else as this machine has it. The memory is in MiB.
     pub fn new(name: &str, architecture: Architecture, memory: u32) -> Result<Self> {
+        let accelerator = Accelerator::selected(architecture)?;
         Ok(Self {
             name: name.into(),
             architecture,
-            accelerator: Accelerator::selected(architecture)?,
+            accelerator,
             memory,
-            cpus: 2,
+            cpus: architecture.host_cpus(accelerator),
             disk: 0,
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
@@ -145,6 +147,7 @@ pub struct Host {
     qemu: Qemu,
     wire: Wire,
     hello: Hello,
+    command_line: String,
     boots: u32,
     requests: u64,
     outputs: u32,
@@ -190,7 +193,7 @@ impl Host {
         image::host(config.architecture, &config.products, &share.join("initrd"))?;
         image::guest(config.architecture, &share.join("guest-initrd"))?;
         let (listener, socket) = Wire::listen()?;
-        let command_line = command_line(config.architecture);
+        let command_line = command_line(&config);
         let qemu = Qemu::start(&config, &folder, &socket.path().join("link"), &command_line)?;
         let wire = Wire::accept(listener, socket, &share, &folder.join("link.log"))?;
         let nobody = Hello { release: String::new(), init_counter: 0, command_line: String::new(), restore: None };
@@ -200,6 +203,7 @@ impl Host {
             qemu,
             wire,
             hello: nobody,
+            command_line,
             boots: 0,
             requests: 0,
             outputs: 0,
@@ -256,7 +260,7 @@ impl Host {
     /// The command line for the next kernel, under which PID 1 restores by itself. `output` names the file in the share
     /// that receives what `vmm restore` says.
     pub fn restoring_command_line(&self, output: &str) -> String {
-        format!("{} {RESTORE}={output}", command_line(self.config.architecture))
+        format!("{} {RESTORE}={output}", self.command_line)
     }
 
     /// Waits until `check` has a value, looking again whenever the host said something or a shared file changed.
@@ -423,7 +427,7 @@ impl Host {
         let ask = Ask::Kexec {
             kernel: Self::image(to),
             initrd: format!("{SHARE}/initrd"),
-            command_line: command_line(self.config.architecture),
+            command_line: self.command_line.clone(),
         };
         let Answer::Rebooting { counter } = self.ask(ask)? else { bail!("the kexec was not announced") };
         self.await_boot(next)?;
@@ -440,9 +444,11 @@ impl Host {
     }
 }
 
-fn command_line(architecture: Architecture) -> String {
+/// The same for every kernel of a host, so that all count time alike.
+fn command_line(config: &HostConfig) -> String {
+    let HostConfig { architecture, accelerator, .. } = config;
     // Warnings are shown: they say why a host is slow or its clock is off.
-    let [console, own] = [architecture.console(), architecture.host_parameters()];
+    let (console, own) = (architecture.console(), architecture.host_parameters(*accelerator, counter_khz()));
     format!("console={console} loglevel=5 panic=-1 kho=on liveupdate=on {own}").trim().to_owned()
 }
 

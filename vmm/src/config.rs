@@ -20,6 +20,9 @@ pub const MEMORY_MINIMUM: u64 = 8 << 20;
 /// The largest guest: one memfd of 4 KiB folios stays under 1 TiB (a limit of the kernel's memfd handover).
 pub const MEMORY_MAXIMUM: u64 = (1 << 40) - MEMORY_GRANULE;
 
+/// The most vCPUs of a guest.
+pub const CPUS_MAXIMUM: u32 = 64;
+
 /// A VM to be started from nothing.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -103,7 +106,7 @@ pub struct MachineConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// Too many or too few vCPUs.
-    #[error("{0} vCPUs asked for: this version runs guests with exactly one; use --cpus 1")]
+    #[error("{0} vCPUs asked for: a guest can have from 1 to {CPUS_MAXIMUM}")]
     Cpus(u32),
     /// RAM of an odd size.
     #[error("memory of {0} bytes is not a multiple of 2 MiB: use a size such as 512M or 2G")]
@@ -119,7 +122,7 @@ pub enum ConfigError {
 impl MachineConfig {
     /// Checks what can be checked without creating anything.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.cpus != 1 {
+        if !(1..=CPUS_MAXIMUM).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));
         }
         if !self.memory.is_multiple_of(MEMORY_GRANULE) {
@@ -166,8 +169,11 @@ mod tests {
             devices: vec![DeviceConfig::Rng; DEVICES_MAX],
         };
         assert!(good.validate().is_ok());
-        assert!(matches!(MachineConfig { cpus: 2, ..good.clone() }.validate(), Err(ConfigError::Cpus(2))));
-        assert!(matches!(MachineConfig { cpus: 0, ..good.clone() }.validate(), Err(ConfigError::Cpus(0))));
+        assert!(MachineConfig { cpus: CPUS_MAXIMUM, ..good.clone() }.validate().is_ok());
+        for cpus in [0, CPUS_MAXIMUM + 1, u32::MAX] {
+            let refused = MachineConfig { cpus, ..good.clone() }.validate();
+            assert!(matches!(refused, Err(ConfigError::Cpus(found)) if found == cpus), "{cpus}");
+        }
         for memory in [0, 4096, (64 << 20) + 4096, 1 << 40, !(MEMORY_GRANULE - 1)] {
             assert!(MachineConfig { memory, ..good.clone() }.validate().is_err(), "{memory}");
         }

@@ -19,7 +19,7 @@ use crate::device::virtio::{self, VirtioDevice, VirtioError};
 use crate::device::{self, Gate};
 use crate::memory::{MemoryError, Ram};
 use crate::persist;
-use crate::vcpu::{Buses, Vcpu, VcpuError};
+use crate::vcpu::{self, Buses, Vcpu, VcpuError};
 
 /// Why a machine cannot be built, saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -96,7 +96,7 @@ impl Machine {
         for id in 0..config.cpus {
             let fd = vm.create_vcpu(id.into()).map_err(ArchError::kvm("create a vCPU"))?;
             let state = states.and_then(|states| states.get(id as usize));
-            let arch = VcpuArch::new(&kvm, &vm, &fd, id, state)?;
+            let arch = VcpuArch::new(&kvm, &vm, &fd, (id, config.cpus), state)?;
             vcpus.push(Vcpu { id, fd, arch });
         }
         platform.complete(&vcpus, states)?;
@@ -123,7 +123,7 @@ impl Machine {
     /// Puts back what a document holds, in an order that is safe: what vCPUs share and depend on, the vCPUs, what depends on them,
     /// the devices that interrupt them.
     /// `frequency` is the raw counter's in Hz.
-    pub fn restore(&mut self, vcpus: &[Vcpu], document: &MachineV2, frequency: u64) -> Result<(), MachineError> {
+    pub fn restore(&mut self, vcpus: &mut [Vcpu], document: &MachineV2, frequency: u64) -> Result<(), MachineError> {
         let MachineV2 {
             name: _,
             architecture: _,
@@ -136,9 +136,7 @@ impl Machine {
             virtio,
         } = document;
         self.platform.restore_before_vcpus(&self.vm, platform, frequency)?;
-        for (vcpu, state) in vcpus.iter().zip(states) {
-            vcpu.restore(state)?;
-        }
+        vcpu::restore_all(vcpus, states)?;
         self.platform.restore_after_vcpus(platform)?;
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).restore(serial)?;
         for (mut transport, state) in self.transports().zip(virtio) {

@@ -74,14 +74,34 @@ impl Vcpu {
         self.arch.save(&self.fd).map_err(|source| VcpuError::State { id: self.id, operation: "take", source })
     }
 
-    /// Puts a state back.
-    pub fn restore(&self, state: &VcpuState) -> Result<(), VcpuError> {
+    fn restore(&self, state: &VcpuState) -> Result<(), VcpuError> {
         self.arch.restore(&self.fd, state).map_err(|source| VcpuError::State {
             id: self.id,
             operation: "put back",
             source,
         })
     }
+}
+
+/// Puts the states of all vCPUs back, each on a thread of its own, so that many take about as long as one.
+pub fn restore_all(vcpus: &mut [Vcpu], states: &[VcpuState]) -> Result<(), VcpuError> {
+    let mut pairs = vcpus.iter_mut().zip(states);
+    let Some((first, first_state)) = pairs.next() else { return Ok(()) };
+    thread::scope(|scope| {
+        let mut others = Vec::new();
+        for (vcpu, state) in pairs {
+            let id = vcpu.id;
+            let thread = thread::Builder::new()
+                .name(format!("restore-vcpu{id}"))
+                .spawn_scoped(scope, move || vcpu.restore(state))
+                .map_err(|source| VcpuError::Thread { id, operation: "start a thread to restore it", source })?;
+            others.push((id, thread));
+        }
+        let first = first.restore(first_state);
+        others.into_iter().fold(first, |result, (id, thread)| {
+            result.and(thread.join().unwrap_or(Err(VcpuError::Ended { id })))
+        })
+    })
 }
 
 /// What is called on the vCPU's thread right before it enters the guest.

@@ -12,7 +12,7 @@
 //! Only the functions here move it, each under the one lock.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kho_abi::document::machine::MachineV2;
 use kho_abi::document::timeline::{Phase, TimelineV1};
@@ -26,7 +26,7 @@ use crate::fault::{self, Action, InjectedFault};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{MemoryError, Ram};
 use crate::persist::{self, PersistError, StateFile};
-use crate::vcpu::{Vcpu, VcpuError, VcpuHandle};
+use crate::vcpu::{BeforeRun, Vcpu, VcpuError, VcpuHandle};
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -222,8 +222,8 @@ impl Vm {
         }
         let config = persist::config(&document)?;
         let ram = Ram::adopt(file_of_ranges(ram, &document)?, document.ram.clone()).map_err(MachineError::from)?;
-        let (mut machine, vcpus) = Machine::new(config, ram, Some(&document.vcpus))?;
-        machine.restore(&vcpus, &document, timeline.frequency_hz)?;
+        let (mut machine, mut vcpus) = Machine::new(config, ram, Some(&document.vcpus))?;
+        machine.restore(&mut vcpus, &document, timeline.frequency_hz)?;
         timeline.mark(Phase::MachineBuilt, arch::counter());
         let vm = Self::assemble(machine, vcpus, document.generation, document_bytes, Some(timeline))?;
         fault::at("vm.machine-built")?;
@@ -270,9 +270,8 @@ impl Vm {
         }
     }
 
-    /// Lets the guest run for the first time in this process. `before_first_run` is called right before the first vCPU enters
-    /// the guest, with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory
-    /// changes.
+    /// Lets the guest run for the first time in this process. `before_first_run` is called right before any vCPU enters the guest,
+    /// with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory changes.
     pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV1) + Send>) -> Result<(), VmError> {
         self.0.machine.start_devices()?;
         let mut control = self.0.control();
@@ -281,21 +280,31 @@ impl Vm {
         }
         let restored = control.timeline.is_some();
         let inner = self.0.clone();
-        let before = Box::new(move || {
+        let told = Arc::new(OnceLock::new());
+        let telling = told.clone();
+        let before: BeforeRun = Box::new(move || {
             let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV1::new(1));
             timeline.mark(Phase::FirstInstruction, arch::counter());
             before_first_run(&timeline);
             // Not earlier: they write to the guest's memory, from which the VM could be restored once more until now.
             inner.machine.start_virtio(restored);
+            telling.get_or_init(|| ());
             if restored {
                 inner.control().timeline = Some(timeline);
             }
         });
         control.started = true;
         control.state = State::Running;
-        let mut before: Option<crate::vcpu::BeforeRun> = Some(before);
-        for vcpu in &self.0.vcpus {
-            vcpu.run(restored, before.take())?;
+        // The first vCPU tells, and the others must not have changed the memory before that is done.
+        let await_told = || {
+            let told = told.clone();
+            Box::new(move || {
+                told.wait();
+            }) as BeforeRun
+        };
+        let others = std::iter::repeat_with(await_told);
+        for (vcpu, before) in self.0.vcpus.iter().zip(std::iter::once(before).chain(others)) {
+            vcpu.run(restored, Some(before))?;
         }
         Ok(())
     }

@@ -30,6 +30,8 @@ pub struct Tree<'a> {
 const GIC_PHANDLE: u32 = 1;
 const ITS_PHANDLE: u32 = 2;
 const CLOCK_PHANDLE: u32 = 3;
+/// The first vCPU's; those of the others follow.
+const CPU_PHANDLES: u32 = 0x100;
 
 /// Kinds of interrupts in an `interrupts` property, …
 const SHARED: u32 = 0;
@@ -108,15 +110,26 @@ fn cpus(fdt: &mut FdtWriter, mpidrs: &[u64]) -> Result<(), Error> {
     let cpus = fdt.begin_node("cpus")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 0)?;
-    for mpidr in mpidrs {
+    for (number, mpidr) in (0..).zip(mpidrs) {
         let affinity = mpidr & AFFINITY;
         let cpu = fdt.begin_node(&format!("cpu@{affinity:x}"))?;
         fdt.property_string("device_type", "cpu")?;
         fdt.property_string("compatible", "arm,armv8")?;
         fdt.property_string("enable-method", "psci")?;
         fdt.property_u64("reg", affinity)?;
+        fdt.property_phandle(CPU_PHANDLES + number)?;
         fdt.end_node(cpu)?;
     }
+    // One cluster of cores of one thread each.
+    let map = fdt.begin_node("cpu-map")?;
+    let cluster = fdt.begin_node("cluster0")?;
+    for (number, _) in (0..).zip(mpidrs) {
+        let core = fdt.begin_node(&format!("core{number}"))?;
+        fdt.property_u32("cpu", CPU_PHANDLES + number)?;
+        fdt.end_node(core)?;
+    }
+    fdt.end_node(cluster)?;
+    fdt.end_node(map)?;
     fdt.end_node(cpus)?;
     let psci = fdt.begin_node("psci")?;
     fdt.property_string_list("compatible", vec!["arm,psci-1.0".into(), "arm,psci-0.2".into()])?;
@@ -247,7 +260,12 @@ mod tests {
         assert_eq!(property("rng-seed").len(), 56);
         // The bit that says that the format is the current one is no part of the affinity, by which PSCI names a vCPU.
         let cpus = child(&root, "cpus").unwrap();
-        assert_eq!(cpus.children.iter().map(|cpu| cells(cpu, "reg")).collect::<Vec<_>>(), [[0, 0], [0, 1]]);
+        let (map, cpus): (Vec<_>, Vec<_>) = cpus.children.iter().partition(|node| node.name == "cpu-map");
+        assert_eq!(cpus.iter().map(|cpu| cells(cpu, "reg")).collect::<Vec<_>>(), [[0, 0], [0, 1]]);
+        // Each is a core of the one cluster.
+        let cores = &child(map[0], "cluster0").unwrap().children;
+        let handles = |nodes: &[&Node], property: &str| nodes.iter().map(|node| cells(node, property)).collect::<Vec<_>>();
+        assert_eq!(handles(&cores.iter().collect::<Vec<_>>(), "cpu"), handles(&cpus, "phandle"));
     }
 
     #[test]

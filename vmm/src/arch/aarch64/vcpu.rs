@@ -14,8 +14,15 @@ use super::registers;
 pub struct VcpuArch(Processor);
 
 impl VcpuArch {
-    /// Makes a processor of a new vCPU: this host's, or in a restored VM the one that the guest knows.
-    pub fn new(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, id: u32, state: Option<&VcpuState>) -> Result<Self, ArchError> {
+    /// Makes a processor of a new vCPU: this host's, or in a restored VM the one that the guest knows. How many there are, the
+    /// guest learns from the device tree.
+    pub fn new(
+        _kvm: &Kvm,
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        (id, _cpus): (u32, u32),
+        state: Option<&VcpuState>,
+    ) -> Result<Self, ArchError> {
         let state = state.map(own).transpose()?;
         Ok(Self(Processor::new(vm, vcpu, id, state)?))
     }

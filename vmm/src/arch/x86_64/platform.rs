@@ -81,17 +81,24 @@ impl Platform {
         Ok(Self)
     }
 
-    /// Does what has to wait until all vCPUs are there.
-    pub fn complete(&mut self, _vcpus: &[Vcpu], _states: Option<&[VcpuState]>) -> Result<(), ArchError> {
+    /// Does what has to wait until all vCPUs are there: a new guest's have one TSC, to the cycle. KVM sees to that only for those
+    /// that are made within a second of each other.
+    pub fn complete(&mut self, vcpus: &[Vcpu], states: Option<&[VcpuState]>) -> Result<(), ArchError> {
+        let (None, Some((first, others))) = (states, vcpus.split_first()) else { return Ok(()) };
+        let Some(offset) = ioctl::tsc_offset(&first.fd) else { return Ok(()) };
+        for vcpu in others {
+            if ioctl::tsc_offset(&vcpu.fd) != Some(offset) {
+                ioctl::set_tsc_offset(&vcpu.fd, offset).map_err(ArchError::kvm("set the TSC's offset"))?;
+            }
+        }
         Ok(())
     }
 
-    /// Loads a kernel and points the first vCPU at it.
+    /// Loads a kernel and points the first vCPU at it. The others wait for the guest to start them, by INIT and SIPI.
     pub fn boot(&self, memory: &GuestMemoryMmap, config: &VmConfig, vcpus: &[Vcpu]) -> Result<(), MachineError> {
+        let Some(first) = vcpus.first() else { return Ok(()) };
         let entry = boot::load(memory, config)?;
-        for vcpu in vcpus {
-            vcpu.arch.enter(&vcpu.fd, &entry)?;
-        }
+        first.arch.enter(&first.fd, &entry)?;
         Ok(())
     }
 

@@ -23,10 +23,16 @@ pub struct VcpuArch {
 }
 
 impl VcpuArch {
-    /// Gives a new vCPU its CPUID: this host's, or in a restored VM the one that the guest knows.
-    pub fn new(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, id: u32, state: Option<&VcpuState>) -> Result<Self, ArchError> {
+    /// Gives a new vCPU, one of `cpus`, its CPUID: this host's, or in a restored VM the one that the guest knows.
+    pub fn new(
+        kvm: &Kvm,
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        (id, cpus): (u32, u32),
+        state: Option<&VcpuState>,
+    ) -> Result<Self, ArchError> {
         let cpuid = match state {
-            None => cpuid::for_vcpu(kvm, id)?,
+            None => cpuid::for_vcpu(kvm, id, cpus)?,
             Some(VcpuState::X86_64(state)) => {
                 let wanted = cpuid::decode(&state.cpuid)?;
                 cpuid::check(kvm, &wanted)?;
