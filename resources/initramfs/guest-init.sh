@@ -4,13 +4,13 @@
 #   DAMAGE <what> <detail>
 # On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how, lab.disk=DEVICE gives
 # it a disk of 16 MiB to write to and to read back, lab.rng=1 an entropy source. Line n is said only when record n is on the disk
-# for good.
+# for good. Each lab.load=KIND,OPTION,... is a load, run by lab-load, which speaks for itself.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng=
+lines=0 end=poweroff disk= rng= loads=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -18,6 +18,7 @@ for word in $(cat /proc/cmdline); do
     lab.end=*) end=${word#*=} ;;
     lab.disk=*) disk=/dev/${word#*=} ;;
     lab.rng=*) rng=${word#*=} ;;
+    lab.load=*) loads=1 ;;
   esac
 done
 
@@ -80,6 +81,7 @@ echo 0 > /tmp/ticks
 echo 0 > /tmp/count
 place=
 [ -z "$disk" ] || count_on_disk &
+[ -z "$loads" ] || lab-load together &
 
 echo "LINUX start release=$(uname -r) sum=$right"
 n=0 before=$(milliseconds) ticks_before=0 wall_before=$(date +%s) complaints=0

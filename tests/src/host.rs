@@ -191,7 +191,7 @@ impl Host {
         }
         copy(&config.products.oracle, &share.join("oracle"))?;
         image::host(config.architecture, &config.products, &share.join("initrd"))?;
-        image::guest(config.architecture, &share.join("guest-initrd"))?;
+        image::guest(config.architecture, &config.products, &share.join("guest-initrd"))?;
         let (listener, socket) = Wire::listen()?;
         let command_line = command_line(&config);
         let qemu = Qemu::start(&config, &folder, &socket.path().join("link"), &command_line)?;

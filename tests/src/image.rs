@@ -87,10 +87,11 @@ pub fn host(architecture: Architecture, products: &Products, target: &Path) -> R
     image.pack(target)
 }
 
-/// The initramfs of the Linux guest: busybox and a script that watches for damage.
-pub fn guest(architecture: Architecture, target: &Path) -> Result<()> {
+/// The initramfs of the Linux guest: busybox, a script that watches for damage, and the load.
+pub fn guest(architecture: Architecture, products: &Products, target: &Path) -> Result<()> {
     let mut image = Image::default();
     image.add_busybox(architecture)?;
+    image.add_program("bin/lab-load", &products.load)?;
     image.add_program("init", &paths::workspace().join("resources/initramfs/guest-init.sh"))?;
     for folder in ["dev", "proc", "sys", "tmp"] {
         image.add(folder, Content::Folder);

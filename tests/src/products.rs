@@ -1,4 +1,4 @@
-//! What the lab runs, built from this workspace: `vmm`, its unit tests and PID 1 as static programs, and the oracle guest.
+//! What the lab runs, built from this workspace: `vmm`, its unit tests, PID 1 and the load as static programs, and the oracle guest.
 use crate::architecture::Architecture;
 use crate::cargo::Target;
 use crate::run;
@@ -20,6 +20,8 @@ pub struct Products {
     pub vmm: PathBuf,
     /// PID 1 of the lab's host.
     pub init: PathBuf,
+    /// The load inside Linux guests.
+    pub load: PathBuf,
     /// The oracle guest's image.
     pub oracle: PathBuf,
 }
@@ -39,12 +41,14 @@ impl Products {
         let (programs, bare_metal) = (programs(architecture), Target::BareMetal(architecture));
         if !built() {
             let mut command = Target::Linux(architecture).cargo(&["build", "--quiet", "--profile", "lab"])?;
-            run::loudly(command.args(["--package", "vmm", "--bin", "vmm", "--package", "tests", "--bin", "lab-init"]))?;
+            command.args(["--package", "vmm", "--package", "tests"]);
+            run::loudly(command.args(["--bin", "vmm", "--bin", "lab-init", "--bin", "lab-load"]))?;
             run::loudly(bare_metal.cargo(&["build", "--quiet"])?.args(ORACLE))?;
         }
         Ok(Self {
             vmm: programs.join("vmm"),
             init: programs.join("lab-init"),
+            load: programs.join("lab-load"),
             oracle: bare_metal.folder().join(bare_metal.name()).join("release/oracle"),
         })
     }

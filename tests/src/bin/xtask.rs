@@ -115,7 +115,7 @@ fn run(command: Command) -> Result<bool> {
                 for kernel in [&kernels.older, &kernels.newer] {
                     println!("  Linux {}: {}", kernel.version, kernel.image.display());
                 }
-                for program in [&products.vmm, &products.init, &products.oracle] {
+                for program in [&products.vmm, &products.init, &products.load, &products.oracle] {
                     println!("  {}", program.display());
                 }
             }
