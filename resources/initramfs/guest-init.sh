@@ -4,13 +4,13 @@
 #   DAMAGE <what> <detail>
 # On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how, lab.disk=DEVICE gives
 # it a disk of 16 MiB to write to and to read back, lab.rng=1 an entropy source. Line n is said only when record n is on the disk
-# for good. Each lab.load=KIND,OPTION,... is a load, run by lab-load, which speaks for itself.
+# for good. lab.cpus=N is how many processors it must find. Each lab.load=KIND,OPTION,... is a load, run by lab-load, which speaks for itself.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng= loads=
+lines=0 end=poweroff disk= rng= loads= cpus=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -19,6 +19,7 @@ for word in $(cat /proc/cmdline); do
     lab.disk=*) disk=/dev/${word#*=} ;;
     lab.rng=*) rng=${word#*=} ;;
     lab.load=*) loads=1 ;;
+    lab.cpus=*) cpus=${word#*=} ;;
   esac
 done
 
@@ -82,6 +83,9 @@ echo 0 > /tmp/count
 place=
 [ -z "$disk" ] || count_on_disk &
 [ -z "$loads" ] || lab-load together &
+
+online=$(grep -c '^processor' /proc/cpuinfo)
+[ -z "$cpus" ] || [ "$cpus" = "$online" ] || echo "DAMAGE processors online=$online given=$cpus"
 
 echo "LINUX start release=$(uname -r) sum=$right"
 n=0 before=$(milliseconds) ticks_before=0 wall_before=$(date +%s) complaints=0

@@ -28,6 +28,7 @@ mod endings;
 mod generations;
 mod kvm;
 mod lab;
+mod load;
 mod memory;
 mod operators;
 mod script;

@@ -139,11 +139,8 @@ impl Architecture {
         match (self, accelerator) {
             // The emulated TSC is the build machine's own and good, but the timers that the kernel would measure it against, and
             // compare it with later, stand still whenever the emulator waits for a processor. So the kernel is told the frequency,
-            // which a real machine's processor tells, and has nothing to correct it by. A TSC that is taken for unstable makes
-            // KVM adjust those of guests.
-            (Self::X86_64, Accelerator::Tcg) => {
-                format!("tsc=reliable tsc_early_khz={counter_khz} hpet=disable pmtmr=0")
-            }
+            // as a real machine's processor tells it. A TSC that is taken for unstable makes KVM adjust those of guests.
+            (Self::X86_64, Accelerator::Tcg) => format!("tsc=reliable tsc_early_khz={counter_khz}"),
             (Self::X86_64, Accelerator::Kvm) => "tsc=reliable".to_owned(),
             (Self::Aarch64, _) => String::new(),
         }

@@ -59,6 +59,15 @@ impl Guest {
         self
     }
 
+    /// The same with so many vCPUs. A Linux guest must find them all.
+    pub fn cpus(self, cpus: u32) -> Self {
+        let guest = match self.kind {
+            Kind::Linux => self.with(&format!("lab.cpus={cpus}")),
+            Kind::Oracle => self,
+        };
+        guest.option("cpus", &cpus.to_string())
+    }
+
     /// The same with another option of `vmm run`.
     pub fn option(mut self, name: &str, value: &str) -> Self {
         self.options.extend([format!("--{name}"), value.into()]);

@@ -98,9 +98,9 @@ pub fn restore_all(vcpus: &mut [Vcpu], states: &[VcpuState]) -> Result<(), VcpuE
             others.push((id, thread));
         }
         let first = first.restore(first_state);
-        others.into_iter().fold(first, |result, (id, thread)| {
-            result.and(thread.join().unwrap_or(Err(VcpuError::Ended { id })))
-        })
+        others
+            .into_iter()
+            .fold(first, |result, (id, thread)| result.and(thread.join().unwrap_or(Err(VcpuError::Ended { id }))))
     })
 }
 

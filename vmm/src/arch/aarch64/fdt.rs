@@ -264,7 +264,8 @@ mod tests {
         assert_eq!(cpus.iter().map(|cpu| cells(cpu, "reg")).collect::<Vec<_>>(), [[0, 0], [0, 1]]);
         // Each is a core of the one cluster.
         let cores = &child(map[0], "cluster0").unwrap().children;
-        let handles = |nodes: &[&Node], property: &str| nodes.iter().map(|node| cells(node, property)).collect::<Vec<_>>();
+        let handles =
+            |nodes: &[&Node], property: &str| nodes.iter().map(|node| cells(node, property)).collect::<Vec<_>>();
         assert_eq!(handles(&cores.iter().collect::<Vec<_>>(), "cpu"), handles(&cpus, "phandle"));
     }
 
