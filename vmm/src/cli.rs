@@ -8,6 +8,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use crate::config::SerialConfig;
 use crate::config::block::{BlockConfig, BlockConfigError};
 use crate::config::device::DeviceConfig;
+use crate::config::net::NetConfig;
 
 /// Exit statuses, as scripts rely on them.
 pub mod status {
@@ -161,8 +162,15 @@ pub struct RunArgs {
     /// guest (/dev/disk/by-id/virtio-STR), `direct` bypasses the host's page cache.
     #[arg(long, value_name = "PATH[,readonly][,id=STR][,direct]", value_parser = disk)]
     pub disk: Vec<BlockConfig>,
+    /// Plug the guest into a network by a tap of the host. Can be given more than once
+    ///
+    /// The tap exists already, and no other VM uses it: `ip tuntap add dev NAME mode tap`. `mac` is the guest's address;
+    /// without it the address is derived from the VM's name, and so the same at every start. After a live update a tap of the
+    /// same name has to be there before `vmm restore`; the guest is then asked to announce itself to the switches behind it.
+    #[arg(long, value_name = "tap=NAME[,mac=XX:XX:XX:XX:XX:XX]")]
+    pub net: Vec<NetConfig>,
     /// Build the VM from what arrives on this file descriptor (used by `vmm restore`)
-    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk"])]
+    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk", "net"])]
     pub restore: Option<i32>,
 }
 
@@ -171,7 +179,8 @@ impl RunArgs {
     /// given.
     pub fn devices(&self) -> Vec<DeviceConfig> {
         let rng = self.rng.then_some(DeviceConfig::Rng);
-        rng.into_iter().chain(self.disk.iter().cloned().map(DeviceConfig::Block)).collect()
+        let disks = self.disk.iter().cloned().map(DeviceConfig::Block);
+        rng.into_iter().chain(disks).chain(self.net.iter().cloned().map(DeviceConfig::Net)).collect()
     }
 }
 
@@ -345,11 +354,11 @@ mod tests {
     }
 
     #[test]
-    fn disks_follow_the_other_devices_in_the_order_given() {
-        let line = "vmm run --name a --kernel k --disk /b,id=x --rng --disk /a,readonly";
+    fn devices_are_in_the_order_given_kind_by_kind() {
+        let line = "vmm run --name a --kernel k --net tap=t --disk /b,id=x --rng --disk /a,readonly --net tap=s";
         let Command::Run(arguments) = Cli::try_parse_from(line.split(' ')).unwrap().command else { panic!("{line}") };
         let devices: Vec<_> = arguments.devices().iter().map(ToString::to_string).collect();
-        assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly"]);
+        assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly", "net:tap=t", "net:tap=s"]);
     }
 
     #[test]
@@ -364,6 +373,7 @@ mod tests {
             "vmm run --name a --kernel k --memory 1X",
             "vmm run --name a --kernel k --serial tty",
             "vmm run --name a --kernel k --disk a.img,ro",
+            "vmm run --name a --kernel k --net t",
             "vmm run --restore 3 --name a",
             "vmm restore",
             "vmm update --initrd i",

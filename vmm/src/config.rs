@@ -2,7 +2,6 @@
 
 pub mod block;
 pub mod device;
-#[allow(dead_code, reason = "vmm run --net follows, with its test in the lab")]
 pub mod net;
 
 use std::fmt;
@@ -141,8 +140,25 @@ impl MachineConfig {
 impl From<&VmConfig> for MachineConfig {
     fn from(config: &VmConfig) -> Self {
         let VmConfig { name, kernel: _, initrd: _, append: _, cpus, memory, serial, devices } = config;
-        Self { name: name.clone(), cpus: *cpus, memory: *memory, serial: serial.clone(), devices: devices.clone() }
+        Self {
+            name: name.clone(),
+            cpus: *cpus,
+            memory: *memory,
+            serial: serial.clone(),
+            devices: settled(name, devices),
+        }
     }
+}
+
+/// The devices, and nothing left open: what is chosen for the operator is chosen when the VM is first started.
+fn settled(name: &str, devices: &[DeviceConfig]) -> Vec<DeviceConfig> {
+    // Networks are counted by themselves: another disk must not change their addresses.
+    let mut networks = 0..;
+    let settled = devices.iter().map(|device| match device {
+        DeviceConfig::Net(net) => DeviceConfig::Net(net.with_address(name, networks.next().unwrap_or_default())),
+        other => other.clone(),
+    });
+    settled.collect()
 }
 
 #[cfg(test)]
@@ -157,6 +173,20 @@ mod tests {
         for text in ["", "file", "file=", "socket=", "pty", "off=1"] {
             assert!(text.parse::<SerialConfig>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn networks_without_an_address_get_one_that_other_devices_do_not_change() {
+        let devices = |words: &[&str]| {
+            let devices = words.iter().map(|words| words.parse().unwrap()).collect::<Vec<_>>();
+            settled("web", &devices).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let alone = devices(&["net:tap=a", "net:tap=b,mac=02:00:00:00:00:01", "net:tap=c"]);
+        assert_eq!(alone[1], "net:tap=b,mac=02:00:00:00:00:01");
+        assert_eq!(alone[0], format!("net:tap=a,mac={}", net::MacAddress::derived("web", 0)));
+        assert_eq!(alone[2], format!("net:tap=c,mac={}", net::MacAddress::derived("web", 2)));
+        let among = devices(&["rng", "net:tap=a", "net:tap=b,mac=02:00:00:00:00:01", "block:/x", "net:tap=c"]);
+        assert_eq!([&among[1], &among[2], &among[4]], [&alone[0], &alone[1], &alone[2]]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::block::{BlockConfig, BlockConfigError};
+use super::net::{NetConfig, NetConfigError};
 
 /// So many devices have a place in the guest's address space and an interrupt.
 pub const DEVICES_MAX: usize = 16;
@@ -15,6 +16,8 @@ pub enum DeviceConfig {
     Rng,
     /// A disk.
     Block(BlockConfig),
+    /// A network.
+    Net(NetConfig),
 }
 
 /// A device that is none.
@@ -26,6 +29,9 @@ pub enum DeviceConfigError {
     /// A disk that is none.
     #[error("a device cannot be understood")]
     Block(#[from] BlockConfigError),
+    /// A network that is none.
+    #[error("a device cannot be understood")]
+    Net(#[from] NetConfigError),
 }
 
 impl FromStr for DeviceConfig {
@@ -35,6 +41,7 @@ impl FromStr for DeviceConfig {
         match text.split_once(':') {
             None if text == "rng" => Ok(Self::Rng),
             Some(("block", words)) => Ok(Self::Block(words.parse()?)),
+            Some(("net", words)) => Ok(Self::Net(words.parse()?)),
             _ => Err(DeviceConfigError::Kind(text.to_owned())),
         }
     }
@@ -45,6 +52,7 @@ impl fmt::Display for DeviceConfig {
         match self {
             Self::Rng => write!(out, "rng"),
             Self::Block(config) => write!(out, "block:{config}"),
+            Self::Net(config) => write!(out, "net:{config}"),
         }
     }
 }
@@ -55,10 +63,10 @@ mod tests {
 
     #[test]
     fn device_round_trips_and_an_unknown_one_is_refused() {
-        for text in ["rng", "block:/a:b.img,readonly"] {
+        for text in ["rng", "block:/a:b.img,readonly", "net:tap=a,mac=02:00:00:00:00:01"] {
             assert_eq!(text.parse::<DeviceConfig>().unwrap().to_string(), text);
         }
-        for text in ["", "rng:", "block", "block:", "gpu:/a", "Rng"] {
+        for text in ["", "rng:", "block", "block:", "net", "net:", "gpu:/a", "Rng"] {
             assert!(text.parse::<DeviceConfig>().is_err(), "{text}");
         }
     }

@@ -11,15 +11,14 @@ const NAME_SIZE: usize = 16;
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
-    /// An address of a device that was given none: the same for the same VM and slot on every host and at every start, locally
-    /// administered, and different from others' as far as 40 bits go.
-    pub fn derived(name: &str, slot: usize) -> Self {
+    /// An address for a VM's network of that number: the same on every host and at every start, locally administered, and
+    /// different from others' as far as 40 bits go.
+    pub fn derived(name: &str, number: u64) -> Self {
         // FNV-1a: it has to spread, not to withstand.
-        let slot = slot as u64;
         let hash = name
             .bytes()
             .chain([0])
-            .chain(slot.to_le_bytes())
+            .chain(number.to_le_bytes())
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let [_, a, b, c, d, e, ..] = (hash ^ (hash >> 40)).to_le_bytes();
         Self([0x02, a, b, c, d, e])
@@ -45,6 +44,15 @@ pub struct NetConfig {
     pub tap: String,
     /// Its address; one is derived from the VM's name where the operator gives none.
     pub mac: Option<MacAddress>,
+}
+
+impl NetConfig {
+    /// The same with an address: one derived from the VM's name and the network's number where the operator has given none.
+    pub fn with_address(&self, name: &str, number: u64) -> Self {
+        let Self { tap, mac } = self;
+        let mac = mac.unwrap_or_else(|| MacAddress::derived(name, number));
+        Self { tap: tap.clone(), mac: Some(mac) }
+    }
 }
 
 /// A network option that is none.
@@ -149,11 +157,12 @@ mod tests {
 
     #[test]
     fn derived_addresses_are_stable_local_unicast_and_differ() {
-        assert_eq!(MacAddress::derived("web", 1), MacAddress::derived("web", 1));
+        // Never another: it would change under a guest that is started anew.
+        assert_eq!(MacAddress::derived("web", 1).to_string(), "02:76:d0:f0:8b:0a");
         let mut seen = BTreeSet::new();
-        for number in 0..1000 {
-            for slot in 0..4 {
-                let mac = MacAddress::derived(&format!("vm{number}"), slot);
+        for vm in 0..1000 {
+            for number in 0..4 {
+                let mac = MacAddress::derived(&format!("vm{vm}"), number);
                 assert!(mac.is_unicast() && mac.0[0] & 2 != 0, "{mac}");
                 assert!(seen.insert(mac.0), "{mac}");
             }

@@ -8,7 +8,6 @@ pub mod block;
 pub mod mmio;
 #[cfg(test)]
 mod mock;
-#[allow(dead_code, reason = "vmm run --net follows, with its test in the lab")]
 pub mod net;
 pub mod rng;
 mod serve;
@@ -23,6 +22,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::block::Block;
+use self::net::Net;
 use self::rng::Rng;
 use crate::config::device::DeviceConfig;
 
@@ -62,6 +62,7 @@ pub fn build(config: &DeviceConfig) -> Result<Box<dyn VirtioDevice>, VirtioError
     Ok(match config {
         DeviceConfig::Rng => Box::new(Rng::new()),
         DeviceConfig::Block(config) => Box::new(Block::new(config)?),
+        DeviceConfig::Net(config) => Box::new(Net::new(config)?),
     })
 }
 

@@ -51,6 +51,15 @@ enum Running {
     Working(Worker<NetWork>, u64, Arc<dyn Notifier>),
 }
 
+/// The device in the operator's words.
+fn called(tap: &str) -> String {
+    format!("network tap={tap}")
+}
+
+fn unfit(tap: &str, reason: &str) -> VirtioError {
+    VirtioError::Unfit { device: called(tap), reason: reason.to_owned() }
+}
+
 /// A network device.
 pub struct Net {
     tap: Arc<Tap>,
@@ -66,6 +75,8 @@ impl Net {
     /// Opens the tap.
     pub fn new(config: &NetConfig) -> Result<Self, VirtioError> {
         let NetConfig { tap, mac } = config;
+        // Settled when the VM was first started.
+        let mac = mac.ok_or_else(|| unfit(tap, "it has no address"))?;
         let device = Tap::open(tap)?;
         // Each is tried, as the kernel says no more than that it does not know all that it was asked for.
         let mut offloads = 0;
@@ -74,24 +85,14 @@ impl Net {
                 offloads |= offload;
             }
         }
-        let net = Self {
-            // A tap of one's own is what a device has at least.
-            mac: mac.unwrap_or_else(|| MacAddress::derived(tap, 0)),
-            tap: Arc::new(device),
-            offloads,
-            announce: Arc::default(),
-            running: Running::Stopped,
-        };
+        let (tap, announce) = (Arc::new(device), Arc::default());
+        let net = Self { tap, mac, offloads, announce, running: Running::Stopped };
         net.set_offloads(0)?;
         Ok(net)
     }
 
     fn error(&self, operation: &str, source: std::io::Error) -> VirtioError {
-        VirtioError::System {
-            device: format!("network tap={}", self.tap.name),
-            operation: operation.to_owned(),
-            source,
-        }
+        VirtioError::System { device: called(&self.tap.name), operation: operation.to_owned(), source }
     }
 
     /// Has the tap hand over what a driver with these features takes.
@@ -157,14 +158,8 @@ impl VirtioDevice for Net {
         for active in &mut queues {
             active.queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         }
-        let work = NetWork::new(
-            self.tap.clone(),
-            memory,
-            queues,
-            notifier.clone(),
-            features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0,
-            self.announce.clone(),
-        );
+        let (tap, announce) = (self.tap.clone(), self.announce.clone());
+        let work = NetWork::new(tap, memory, queues, notifier.clone(), features, announce);
         let worker = Worker::start("network", work).map_err(|source| self.error("start its thread", source))?;
         self.running = Running::Working(worker, features, notifier);
         Ok(())
@@ -196,12 +191,11 @@ impl VirtioDevice for Net {
 
     fn restore(&mut self, state: &VirtioState) -> Result<(), VirtioError> {
         let VirtioState::Net(NetV1 { mac, announce }) = state else {
-            return Err(VirtioError::Unfit {
-                device: format!("network tap={}", self.tap.name),
-                reason: "the state handed over is that of another kind of device".to_owned(),
-            });
+            return Err(VirtioError::other_kind(&called(&self.tap.name)));
         };
-        self.mac = MacAddress(*mac);
+        if *mac != self.mac.0 {
+            return Err(unfit(&self.tap.name, "its state has another address than its configuration"));
+        }
         self.announce.store(*announce, Ordering::Release);
         Ok(())
     }

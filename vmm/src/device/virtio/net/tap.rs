@@ -18,9 +18,6 @@ ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
 ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
 
-/// What a frame that a tap hands over may still lack (TUN_F_*): checksums, and being cut into segments.
-pub const OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
-
 /// A tap. Nobody else can have it open.
 #[derive(Debug)]
 pub struct Tap {
@@ -32,7 +29,7 @@ pub struct Tap {
 impl Tap {
     /// Opens one that exists.
     pub fn open(name: &str) -> Result<Self, VirtioError> {
-        let device = format!("network tap={name}");
+        let device = super::called(name);
         let failed = |operation: &str| {
             let (device, operation) = (device.clone(), operation.to_owned());
             move |source: io::Error| VirtioError::System { device, operation, source }

@@ -15,6 +15,7 @@ use crate::device::virtio::worker::Work;
 
 const MEMORY: usize = 8 << 20;
 const DATA: u64 = 4 << 20;
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const SOON: Duration = Duration::from_secs(10);
 
 struct Bench {
@@ -38,14 +39,14 @@ impl Bench {
         Self { memory, net, network, rings, heard, notifier }
     }
 
-    fn work(&self, mergeable: bool) -> NetWork {
+    fn work(&self, features: u64) -> NetWork {
         let queues = self.rings.iter().map(Ring::active).collect();
         let (tap, memory) = (self.net.tap.clone(), self.memory.clone());
-        NetWork::new(tap, memory, queues, self.notifier.clone(), mergeable, self.net.announce.clone())
+        NetWork::new(tap, memory, queues, self.notifier.clone(), features, self.net.announce.clone())
     }
 
     fn worker(&self) -> Worker<NetWork> {
-        Worker::start("network", self.work(true)).unwrap()
+        Worker::start("network", self.work(MERGEABLE)).unwrap()
     }
 
     fn bytes(&self, at: u64, length: usize) -> Vec<u8> {
@@ -77,7 +78,7 @@ fn frame_goes_from_the_guest_to_the_network_as_it_is() {
     let sent = frame(HEADER + 1500);
     bench.memory.write_slice(&sent, GuestAddress(DATA)).unwrap();
     let head = bench.rings[1].offer(&[readable(DATA, 12), readable(DATA + 12, 100), readable(DATA + 112, 1400)]);
-    bench.work(true).begin();
+    bench.work(MERGEABLE).begin();
     let mut received = [0; 4096];
     assert_eq!(bench.network.recv(&mut received).unwrap(), sent.len());
     assert_eq!(received[..sent.len()], sent);
@@ -91,7 +92,7 @@ fn frame_from_the_network_fills_as_many_buffers_as_it_needs() {
     let heads: Vec<u16> = (0..4).map(|number| bench.rings[0].offer(&[writable(DATA + number * 1000, 1000)])).collect();
     let mut sent = frame(2500);
     bench.network.send(&sent).unwrap();
-    call(&mut bench.work(true), 3);
+    call(&mut bench.work(MERGEABLE), 3);
     assert_eq!(bench.rings[0].used(), [(heads[0], 1000), (heads[1], 1000), (heads[2], 500)]);
     sent[10] = 3;
     assert_eq!(bench.bytes(DATA, 2500), sent);
@@ -104,9 +105,22 @@ fn frame_without_merging_takes_one_buffer_or_is_lost() {
     let head = bench.rings[0].offer(&[writable(DATA, 12), writable(DATA + 12, 1514)]);
     bench.network.send(&frame(1527)).unwrap();
     bench.network.send(&frame(1526)).unwrap();
-    call(&mut bench.work(false), 3);
+    call(&mut bench.work(0), 3);
     assert_eq!(bench.rings[0].used(), [(head, 1526)]);
     assert_eq!(bench.bytes(DATA + 10, 2), [1, 0]);
+}
+
+#[test]
+fn what_is_known_of_a_checksum_is_told_only_to_a_driver_that_asked() {
+    for (features, flags) in [(0, 0), (1 << VIRTIO_NET_F_GUEST_CSUM, 2)] {
+        let mut bench = Bench::new();
+        bench.rings[0].offer(&[writable(DATA, 2000)]);
+        let mut sent = frame(100);
+        sent[0] = 2;
+        bench.network.send(&sent).unwrap();
+        call(&mut bench.work(features), 3);
+        assert_eq!(bench.bytes(DATA, 1), [flags]);
+    }
 }
 
 #[test]
@@ -127,7 +141,7 @@ fn frame_waits_in_the_tap_until_the_guest_has_a_buffer() {
 #[test]
 fn kick_after_starvation_brings_the_frames_in() {
     let mut bench = Bench::new();
-    let work = bench.work(true);
+    let work = bench.work(MERGEABLE);
     let kick = work.queue(0).kick.try_clone().unwrap();
     let worker = Worker::start("network", work).unwrap();
     for number in 0..5 {
@@ -149,22 +163,24 @@ fn announcement_is_asked_for_until_the_driver_says_that_it_was_made() {
     bench.rings[2].offer(&[readable(DATA, 2), writable(DATA + 2, 1)]);
     bench.memory.write_slice(&[9, 9, 0xee], GuestAddress(DATA + 8)).unwrap();
     bench.rings[2].offer(&[readable(DATA + 8, 2), writable(DATA + 10, 1)]);
-    bench.work(true).begin();
+    bench.work(MERGEABLE).begin();
     assert_eq!(bench.net.config_space(), [2, 0, 0, 0, 0, 1, 1, 0]);
     assert_eq!((bench.bytes(DATA + 2, 1)[0], bench.bytes(DATA + 10, 1)[0]), (0, 1));
     assert_eq!(bench.rings[2].used().len(), 2);
 }
 
 #[test]
-fn restored_device_has_its_address_and_asks_a_driver_that_can_to_announce_itself() {
+fn restored_device_keeps_its_address_and_asks_a_driver_that_can_to_announce_itself() {
     for (features, asked) in [(0, false), (1 << VIRTIO_NET_F_GUEST_ANNOUNCE, true)] {
         let mut bench = Bench::new();
-        bench.net.restore(&VirtioState::Net(NetV1 { mac: [2, 9, 9, 9, 9, 9], announce: false })).unwrap();
+        let state = |mac, announce| VirtioState::Net(NetV1 { mac, announce });
+        bench.net.restore(&state([2, 9, 9, 9, 9, 9], false)).unwrap_err();
+        bench.net.restore(&state([2, 0, 0, 0, 0, 1], false)).unwrap();
         bench.net.running = Running::Working(bench.worker(), features, bench.notifier.clone());
         bench.net.after_restore();
         assert_eq!(bench.heard.try_recv().is_ok(), asked);
         assert_eq!(bench.net.stop().len(), 3);
-        assert_eq!(bench.net.save(), VirtioState::Net(NetV1 { mac: [2, 9, 9, 9, 9, 9], announce: asked }));
+        assert_eq!(bench.net.save(), state([2, 0, 0, 0, 0, 1], asked));
     }
 }
 
@@ -183,7 +199,7 @@ fn chain_that_is_no_frame_is_given_back_and_sends_nothing() {
     for chain in chains {
         bench.rings[1].offer(chain);
     }
-    bench.work(true).begin();
+    bench.work(MERGEABLE).begin();
     assert_eq!(bench.rings[1].used().len(), chains.len());
     assert!(bench.network.recv(&mut [0; 100]).is_err());
 }
@@ -202,7 +218,7 @@ proptest! {
     fn any_chains_leave_the_thread_working(
         chains in prop::collection::vec((0..3usize, prop::collection::vec(any_part(), 1..5)), 0..40),
         frames in prop::collection::vec(0..4000usize, 0..10),
-        mergeable: bool,
+        features: u64,
     ) {
         let mut bench = Bench::new();
         for (ring, parts) in &chains {
@@ -211,13 +227,18 @@ proptest! {
         for length in frames {
             bench.network.send(&vec![1; length]).unwrap();
         }
-        let mut work = bench.work(mergeable);
+        let mut work = bench.work(features);
         work.begin();
         for source in [3, 0, 1, 2, 3] {
             call(&mut work, source);
         }
         prop_assert_eq!(work.into_queues().len(), 3);
     }
+}
+
+proptest! {
+    // Each may walk through the longest indirect tables that there are.
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     /// Nor do rings of which every byte is the driver's.
     #[test]
@@ -226,7 +247,7 @@ proptest! {
         let bytes: Vec<u8> = seed.iter().cycle().copied().take(RING_SIZE as usize * 3).collect();
         bench.memory.write_slice(&bytes, GuestAddress(RING_SIZE)).unwrap();
         bench.network.send(&frame(1000)).unwrap();
-        let mut work = bench.work(true);
+        let mut work = bench.work(MERGEABLE);
         work.begin();
         call(&mut work, 3);
         bench.rings[0].used();

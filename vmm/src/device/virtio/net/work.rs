@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET,
-    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR,
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_OK,
 };
 use virtio_queue::{DescriptorChain, QueueT, Writer};
 use vm_memory::GuestMemoryMmap;
@@ -36,6 +37,8 @@ const FRAME_MIN: usize = HEADER + 14;
 /// So many frames are moved before the thread looks whether it is to stop.
 const BATCH: usize = 64;
 
+/// Where the header says what is known of the checksum.
+const FLAGS_AT: usize = 0;
 /// Where the header says over how many chains a frame goes.
 const BUFFERS_AT: usize = 10;
 
@@ -45,8 +48,8 @@ pub struct NetWork {
     memory: GuestMemoryMmap,
     queues: Vec<ActiveQueue>,
     notifier: Arc<dyn Notifier>,
-    /// A frame may go over several chains.
-    mergeable: bool,
+    /// What the driver has agreed to.
+    features: u64,
     announce: Arc<AtomicBool>,
     /// Room for a frame.
     frame: Box<[u8]>,
@@ -63,11 +66,11 @@ impl NetWork {
         memory: GuestMemoryMmap,
         queues: Vec<ActiveQueue>,
         notifier: Arc<dyn Notifier>,
-        mergeable: bool,
+        features: u64,
         announce: Arc<AtomicBool>,
     ) -> Self {
         let frame = vec![0; FRAME_MAX].into_boxed_slice();
-        Self { tap, memory, queues, notifier, mergeable, announce, frame, watching: true, gone: false }
+        Self { tap, memory, queues, notifier, features, announce, frame, watching: true, gone: false }
     }
 
     /// A queue.
@@ -137,7 +140,7 @@ impl NetWork {
     /// A frame is taken from the tap only when there is a chain. Should it need more chains than there are, it is lost: to wait
     /// for them would be to wait for ever for a driver that has no more than these.
     fn receive(&mut self) -> bool {
-        let Self { tap, memory, queues, notifier, mergeable, announce: _, frame, watching: _, gone } = self;
+        let Self { tap, memory, queues, notifier, features, announce: _, frame, watching: _, gone } = self;
         let Some(active) = queues.get_mut(RECEIVE) else { return false };
         let mut given = false;
         let mut room = true;
@@ -149,7 +152,12 @@ impl NetWork {
             };
             match tap.read(frame) {
                 Ok(length) if (FRAME_MIN..=FRAME_MAX).contains(&length) => {
-                    if place(&mut frame[..length], chain, active, memory, *mergeable) {
+                    if *features & (1 << VIRTIO_NET_F_GUEST_CSUM) == 0 {
+                        // The checksum is there, but a driver that has not asked what is known of it must not be told.
+                        frame[FLAGS_AT] = 0;
+                    }
+                    let mergeable = *features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
+                    if place(&mut frame[..length], chain, active, memory, mergeable) {
                         given = true;
                         continue;
                     }
@@ -173,7 +181,7 @@ impl NetWork {
 
     /// Moves frames to the tap.
     fn transmit(&mut self) {
-        let Self { tap, memory, queues, notifier, mergeable: _, announce: _, frame, watching: _, gone: _ } = self;
+        let Self { tap, memory, queues, notifier, features: _, announce: _, frame, watching: _, gone: _ } = self;
         let Some(active) = queues.get_mut(TRANSMIT) else { return };
         let mut given = false;
         let mut rest = BATCH;
@@ -202,7 +210,7 @@ impl NetWork {
 
     /// Hears what the driver has to say.
     fn control(&mut self) {
-        let Self { tap: _, memory, queues, notifier, mergeable: _, announce, frame: _, watching: _, gone: _ } = self;
+        let Self { tap: _, memory, queues, notifier, features: _, announce, frame: _, watching: _, gone: _ } = self;
         let Some(active) = queues.get_mut(CONTROL) else { return };
         let mut rest = BATCH;
         while rest > 0 {
