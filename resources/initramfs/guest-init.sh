@@ -2,15 +2,20 @@
 # Init of the busybox guest. Once a second it looks for damage and prints one line in the oracle's protocol:
 #   LINUX line n=<sequence> clock_ms=<uptime> ticks=<what a second process has counted> sum=<of a file in memory>
 #   DAMAGE <what> <detail>
-# On the kernel's command line: lab.lines=N ends the guest after N lines, lab.end=poweroff|reboot says how, lab.disk=DEVICE gives
-# it a disk of 16 MiB to write to and to read back, lab.rng=1 an entropy source. Line n is said only when record n is on the disk
-# for good. lab.cpus=N is how many processors it must find. Each lab.load=KIND,OPTION,... is a load, run by lab-load, which speaks for itself.
+# On the kernel's command line:
+#   lab.lines=N              ends the guest after N lines, ...
+#   lab.end=poweroff|reboot  ... in this way
+#   lab.disk=DEVICE          a disk of 16 MiB to write to and to read back; line n is said only when record n is on it for good
+#   lab.rng=1                an entropy source
+#   lab.cpus=N               how many processors it must find
+#   lab.net=ADDRESS/BITS     its network card's address
+#   lab.load=KIND,OPTION,... a load, run by lab-load, which speaks for itself; any number of times
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng= loads= cpus=
+lines=0 end=poweroff disk= rng= cpus= net= loads=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -18,6 +23,7 @@ for word in $(cat /proc/cmdline); do
     lab.end=*) end=${word#*=} ;;
     lab.disk=*) disk=/dev/${word#*=} ;;
     lab.rng=*) rng=${word#*=} ;;
+    lab.net=*) net=${word#*=} ;;
     lab.load=*) loads=1 ;;
     lab.cpus=*) cpus=${word#*=} ;;
   esac
@@ -82,6 +88,9 @@ echo 0 > /tmp/ticks
 echo 0 > /tmp/count
 place=
 [ -z "$disk" ] || count_on_disk &
+if [ -n "$net" ]; then
+  ip addr add "$net" dev eth0 && ip link set eth0 up || echo "DAMAGE net address=$net"
+fi
 [ -z "$loads" ] || lab-load together &
 
 online=$(grep -c '^processor' /proc/cpuinfo)

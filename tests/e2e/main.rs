@@ -30,6 +30,7 @@ mod kvm;
 mod lab;
 mod load;
 mod memory;
+mod network;
 mod operators;
 mod script;
 mod upgrade;

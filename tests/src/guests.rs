@@ -155,6 +155,19 @@ impl Running {
         })
     }
 
+    /// Waits until one of the loads in the guest has given so many more signs of life from now on. Fails on any damage.
+    pub fn await_load(&mut self, host: &mut Host, load: &str, more: u64) -> Result<()> {
+        let beats = |log: &Log| log.loads.get(load).map_or(0, |load| load.beats);
+        self.log.read_on()?;
+        let goal = beats(&self.log) + more;
+        let what = format!("{more} signs of life of the load {load} in {}", self.guest.name);
+        host.wait_until(&what, PATIENCE, |_| {
+            self.log.read_on()?;
+            self.check_unharmed()?;
+            Ok((beats(&self.log) >= goal).then_some(()))
+        })
+    }
+
     /// Waits until the guest says that it ends itself.
     pub fn await_end(&mut self, host: &mut Host) -> Result<()> {
         let what = format!("the end of {}", self.guest.name);

@@ -1,4 +1,5 @@
 //! The lab's host: a machine in QEMU, its PID 1 at the other end of a virtio-serial port, and a folder shared with it.
+pub mod capture;
 mod lock;
 mod qemu;
 mod wire;
@@ -6,7 +7,7 @@ mod wire;
 use crate::arch::counter_khz;
 use crate::architecture::{Accelerator, Architecture};
 use crate::kernels::{self, Kernels};
-use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say};
+use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say, TAPS};
 use crate::products::Products;
 use crate::{image, paths};
 use anyhow::{Context, Result, bail};
@@ -56,6 +57,9 @@ pub struct HostConfig {
     pub cpus: u32,
     /// MiB of a disk of zeroes that outlives every kexec, `/dev/vda`; 0 for none.
     pub disk: u32,
+    /// Taps, each plugged into a bridge with a network that outlives every kexec, as a switch would; none for no network at all.
+    /// The build machine is 10.0.2.2 there.
+    pub taps: Vec<String>,
     /// The two kernels it can run.
     pub kernels: Kernels,
     /// The programs it carries.
@@ -73,6 +77,7 @@ impl HostConfig {
             memory,
             cpus: architecture.host_cpus(accelerator),
             disk: 0,
+            taps: Vec::new(),
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
         })
@@ -81,6 +86,11 @@ impl HostConfig {
     /// The same with a disk of so many MiB.
     pub fn with_disk(self, disk: u32) -> Self {
         Self { disk, ..self }
+    }
+
+    /// The same with a network, and taps of these names.
+    pub fn with_taps(self, taps: &[&str]) -> Self {
+        Self { taps: taps.iter().map(ToString::to_string).collect(), ..self }
     }
 
     fn folder(&self) -> PathBuf {
@@ -247,6 +257,11 @@ impl Host {
     /// A file of the share, as the build machine sees it.
     pub fn local(&self, name: &str) -> PathBuf {
         self.folder.join("share").join(name)
+    }
+
+    /// What has passed between the host and the network behind it.
+    pub fn traffic(&self) -> Result<Vec<capture::Frame>> {
+        capture::read(&self.folder.join(qemu::CAPTURE))
     }
 
     /// Where a kernel's image is in the host.
@@ -446,10 +461,11 @@ impl Host {
 
 /// The same for every kernel of a host, so that all count time alike.
 fn command_line(config: &HostConfig) -> String {
-    let HostConfig { architecture, accelerator, .. } = config;
+    let HostConfig { architecture, accelerator, taps, .. } = config;
     // Warnings are shown: they say why a host is slow or its clock is off.
     let (console, own) = (architecture.console(), architecture.host_parameters(*accelerator, counter_khz()));
-    format!("console={console} loglevel=5 panic=-1 kho=on liveupdate=on {own}").trim().to_owned()
+    let line = format!("console={console} loglevel=5 panic=-1 kho=on liveupdate=on {own}").trim().to_owned();
+    if taps.is_empty() { line } else { format!("{line} {TAPS}={}", taps.join(",")) }
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

@@ -2,11 +2,12 @@
 //! never ends by itself: whatever goes wrong is said on the port or on the console.
 pub mod kexec;
 mod mounts;
+mod network;
 mod port;
 mod processes;
 
 use crate::arch::counter;
-use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say};
+use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say, TAPS};
 use anyhow::{Context, Result};
 use processes::Processes;
 use rustix::time::{ClockId, clock_gettime};
@@ -60,13 +61,14 @@ fn serve(beginning: Beginning) -> Result<()> {
     unsafe { std::env::set_var("KHO_VMM_INIT_COUNTER", beginning.counter.to_string()) };
     // SAFETY: as above.
     unsafe { std::env::set_var("PATH", "/bin:/sbin:/usr/bin") };
+    let values =
+        |name| command_line.split_whitespace().filter_map(move |word| word.strip_prefix(name)?.strip_prefix('='));
+    if let Some(taps) = values(TAPS).next_back() {
+        network::set_up(taps.split(',').filter(|tap| !tap.is_empty()))?;
+    }
     let processes = Processes::new();
     // Before the port is even looked for: every millisecond here is a millisecond in which guests stand still.
-    let restore = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(RESTORE)?.strip_prefix('='))
-        .map(|output| processes.spawn(&restore_command(), &[], output))
-        .transpose()?;
+    let restore = values(RESTORE).next().map(|output| processes.spawn(&restore_command(), &[], output)).transpose()?;
     let port = port::open()?;
     let mut reader = BufReader::new(port.try_clone().context("cannot duplicate the port")?);
     let writer = Arc::new(Mutex::new(port));

@@ -10,6 +10,9 @@ pub const SHARE: &str = "/share";
 /// On the kernel's command line: PID 1 starts `vmm restore --all --json` before it does anything else.
 /// The value is the folder in the share that receives its output.
 pub const RESTORE: &str = "kho_vmm.restore";
+/// On the kernel's command line: PID 1 sets up the host's network before that, with taps of these names, separated by commas. Of
+/// several words the last one counts.
+pub const TAPS: &str = "kho_vmm.taps";
 
 /// Asked by the build machine. Each is answered by one `Say::Reply` with the same number.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! A running emulator: its command line, its end.
 use super::HostConfig;
+use super::capture::FRAME_KEPT;
 use crate::architecture::Accelerator;
 use crate::emulator;
 use crate::link::{PORT, SHARE_TAG};
@@ -11,6 +12,9 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// The file in a host's folder with the frames that its network has seen.
+pub const CAPTURE: &str = "network.pcap";
 
 /// A running emulator. Dies with its value, and with the thread that started it.
 pub struct Qemu {
@@ -45,6 +49,14 @@ impl Qemu {
             // It has to outlive the host's kernel, not this machine's.
             let drive = format!("if=none,id=disk,format=raw,cache=unsafe,file={}", image.display());
             command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"]);
+        }
+        if !config.taps.is_empty() {
+            command.args(["-netdev", "user,id=network,ipv6=off"]);
+            // No boot ROM: nobody boots from it.
+            command.args(["-device", "virtio-net-pci,netdev=network,romfile="]);
+            let file = folder.join(CAPTURE);
+            let capture = format!("filter-dump,id=capture,netdev=network,maxlen={FRAME_KEPT},file={}", file.display());
+            command.args(["-object", &capture]);
         }
         command.arg("-kernel").arg(&config.kernels.older.image).arg("-initrd").arg(share.join("initrd"));
         command.args(["-append", command_line]);

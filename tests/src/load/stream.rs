@@ -4,13 +4,15 @@ use super::report::Report;
 use anyhow::{Context, Result, bail, ensure};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{panic, thread};
 
-/// What is sent at once.
-const CHUNK: usize = 1024;
+/// What is sent at once: several frames' worth, which a network card may be left to cut up.
+const CHUNK: usize = 8 << 10;
 /// What may be on its way.
-const WINDOW: u64 = 16 * CHUNK as u64;
+const WINDOW: u64 = 8 * CHUNK as u64;
 /// Tells this stream from other bytes.
 const SEED: u64 = 0x57e0;
 /// How long to try to reach the peer: a guest's network takes a moment to come up.
@@ -71,15 +73,15 @@ fn exchange(stream: &TcpStream, per_second: u64, limit: u64, report: &mut Report
 pub fn serve(listener: TcpListener) -> Result<()> {
     loop {
         let (stream, from) = listener.accept().context("cannot take in a connection")?;
-        thread::spawn(move || match answer(&stream) {
+        thread::spawn(move || match answer(&stream, &AtomicU64::new(0)) {
             Ok(received) => println!("a stream of {received} bytes from {from} has ended"),
             Err(error) => println!("DAMAGE peer from={from} error={:?}", format!("{error:#}")),
         });
     }
 }
 
-/// The other end of one stream, until the sender has no more. Gives the number of bytes.
-pub fn answer(mut stream: &TcpStream) -> Result<u64> {
+/// The other end of one stream, until the sender has no more. Gives the number of bytes, and counts them as they arrive.
+pub fn answer(mut stream: &TcpStream, count: &AtomicU64) -> Result<u64> {
     stream.set_nodelay(true).context("cannot set up the connection")?;
     let mut received = 0;
     let mut chunk = [0; CHUNK];
@@ -93,6 +95,7 @@ pub fn answer(mut stream: &TcpStream) -> Result<u64> {
             bail!("byte {} is not what was sent", received + at as u64);
         }
         received += CHUNK as u64;
+        count.store(received, Ordering::Relaxed);
         stream.write_all(&chunk).with_context(|| format!("cannot send back after {received} bytes"))?;
     }
 }
@@ -102,6 +105,7 @@ pub fn answer(mut stream: &TcpStream) -> Result<u64> {
 pub struct Peer {
     /// Where it listens.
     pub address: SocketAddr,
+    received: Arc<AtomicU64>,
     thread: thread::JoinHandle<Result<u64>>,
 }
 
@@ -110,11 +114,25 @@ impl Peer {
     pub fn start(address: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"))?;
         let address = listener.local_addr().context("cannot tell the port")?;
+        let received = Arc::<AtomicU64>::default();
+        let count = received.clone();
         let thread = thread::spawn(move || {
             let (stream, _) = listener.accept().context("cannot take in a connection")?;
-            answer(&stream)
+            // One stream is all that there is to be: another connection is refused.
+            drop(listener);
+            answer(&stream, &count)
         });
-        Ok(Self { address, thread })
+        Ok(Self { address, received, thread })
+    }
+
+    /// How many bytes have arrived so far, all as they were sent.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Whether the stream has come to an end, good or bad.
+    pub fn has_finished(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Waits for the stream's end and gives the number of its bytes.
