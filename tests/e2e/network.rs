@@ -27,6 +27,7 @@ fn a_tcp_stream_to_a_peer_outside_of_the_host_goes_on_through_live_updates_and_t
         let load = format!("lab.net={address}/24 lab.load=stream,--peer,{PEER}:{}", peer.address.port());
         let mut guest = Guest::linux("streamer", 192).with(&load).option("net", "tap=tap0").start(host)?;
         guest.await_load(host, "stream", 3)?;
+        check_offloads(host)?;
         for side in [Side::Newer, Side::Older] {
             let announced = announcements(host)?;
             operator::live_update_of_all(host, side, &Update::default())?;
@@ -45,6 +46,22 @@ fn a_tcp_stream_to_a_peer_outside_of_the_host_goes_on_through_live_updates_and_t
         eprintln!("pauses of the stream in ms: {:?}", guest.log.loads["stream"].pauses);
         Ok(())
     })
+}
+
+/// Neither the guest nor the monitor cut up and summed up what the host can, should it have to be done at all.
+fn check_offloads(host: &mut Host) -> Result<()> {
+    let mut packets = |way: &str| -> Result<usize> {
+        Ok(host.read(&format!("/sys/class/net/tap0/statistics/{way}_packets"))?.trim().parse()?)
+    };
+    let (from_guest, to_guest) = (packets("rx")?, packets("tx")?);
+    let frames = host.traffic()?;
+    let sent = frames.iter().filter(|frame| frame.is_from(GUEST)).count();
+    eprintln!(
+        "the guest has sent {from_guest} and received {to_guest} frames, which on the wire are {sent} of {}",
+        frames.len()
+    );
+    ensure!(from_guest * 2 < sent, "the guest sends {from_guest} frames, and the wire sees {sent}");
+    Ok(())
 }
 
 /// How often the guest has told the network where it is.

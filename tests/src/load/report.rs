@@ -67,9 +67,9 @@ impl<W: Write> Report<W> {
         Ok(())
     }
 
-    /// The load stood still on purpose, to keep to its pace: that is no pause.
-    pub fn rested(&mut self) {
-        self.progress = Instant::now();
+    /// The load is to stand still for that long, to keep to its pace: that is no pause, but what comes on top of it is.
+    pub fn rests(&mut self, rest: Duration) {
+        self.progress += rest;
     }
 
     /// How long the load has not got anything done.
@@ -116,6 +116,21 @@ pub(super) mod tests {
         let expected = "LOAD start of=test a=1\nLOAD line n=1 of=test count=2\nLOAD pause n=1 of=test ms=5000\n\
                         LOAD line n=2 of=test count=4\n";
         assert_eq!(String::from_utf8(said).expect("text"), expected);
+    }
+
+    #[test]
+    fn a_pause_that_falls_into_a_rest_is_noticed() {
+        let pace = Pace { every: Duration::from_secs(60), pause: Duration::from_secs(2) };
+        let mut said = Vec::new();
+        let mut report = Report::new("test", pace, &mut said);
+        report.start(format_args!("a=1")).expect("a start");
+        let mut now = report.spoken;
+        for rested in [5, 8] {
+            report.rests(Duration::from_secs(5));
+            now += Duration::from_secs(rested);
+            report.progress_at(now, format_args!("count=1")).expect("a line");
+        }
+        assert_eq!(String::from_utf8(said).expect("text"), "LOAD start of=test a=1\nLOAD pause n=1 of=test ms=3000\n");
     }
 
     #[test]

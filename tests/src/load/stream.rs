@@ -63,8 +63,9 @@ fn exchange(stream: &TcpStream, per_second: u64, limit: u64, report: &mut Report
         received += CHUNK as u64;
         report.progress(format_args!("received={received}"))?;
         let share = Duration::from_secs(CHUNK as u64) / u32::try_from(per_second).unwrap_or(u32::MAX);
-        thread::sleep(share.saturating_sub(begun.elapsed()));
-        report.rested();
+        let rest = share.saturating_sub(begun.elapsed());
+        report.rests(rest);
+        thread::sleep(rest);
     }
     Ok(())
 }

@@ -114,6 +114,16 @@ impl Ring {
         head
     }
 
+    /// Where the device counts what it has given back.
+    pub fn used_index(&self) -> GuestAddress {
+        GuestAddress(self.base + USED + 2)
+    }
+
+    /// Wants to hear, where it has agreed to say so, when the chain of that number in their order has been given back.
+    pub fn wait_for(&self, number: u16) {
+        self.write(number, AVAILABLE + 4 + u64::from(self.size) * 2);
+    }
+
     /// The chains that the device has given back since this was last asked, with the bytes that it wrote.
     pub fn used(&mut self) -> Vec<(u16, u32)> {
         let read = |offset| self.memory.read_obj::<u32>(GuestAddress(self.base + USED + offset)).unwrap();

@@ -2,7 +2,7 @@
 //! and said only to who debugs, as a guest must not fill the host's log.
 
 use virtio_queue::{DescriptorChain, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{ActiveQueue, Notifier};
 
@@ -37,12 +37,41 @@ impl ActiveQueue {
         }
     }
 
+    /// Gives chains back that belong together, with the bytes written into each: the driver finds all of them, or none. It is to
+    /// be told by [`Self::tell_surely`].
+    pub fn give_together(&mut self, memory: &GuestMemoryMmap, chains: &[(u16, u32)]) {
+        let size = self.queue.size();
+        let sound: Vec<_> = chains.iter().filter(|(head, _)| *head < size).collect();
+        let Some(((last, written), others)) = sound.split_last() else { return };
+        for (head, written) in others {
+            // As the queue does it for one, but for the count, which the last one brings up to date for all.
+            let next = self.queue.next_used();
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            let at = self.queue.used_ring().checked_add(4 + u64::from(next % size) * 8);
+            let put = at.map(|at| memory.write_obj(element.to_le(), GuestAddress(at)));
+            if !matches!(put, Some(Ok(()))) {
+                tracing::debug!(head, "a chain of the guest cannot be given back");
+                return;
+            }
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        self.give(memory, *last, *written);
+    }
+
     /// Tells the driver that chains were given back, if it wants to know.
     pub fn tell(&mut self, memory: &GuestMemoryMmap, notifier: &dyn Notifier, number: u16) {
         // Where it cannot be known whether the driver wants to be told, it is told.
         if self.queue.needs_notification(memory).unwrap_or(true) {
             notifier.queue_used(number);
         }
+    }
+
+    /// Tells the driver that chains were given back, some of them together: the queue has not counted these, so that it cannot
+    /// know whether the driver wants to know.
+    pub fn tell_surely(&mut self, memory: &GuestMemoryMmap, notifier: &dyn Notifier, number: u16) {
+        // It begins to count anew all the same.
+        let _ = self.queue.needs_notification(memory);
+        notifier.queue_used(number);
     }
 
     /// Takes a kick.

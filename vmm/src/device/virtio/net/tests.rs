@@ -45,6 +45,15 @@ impl Bench {
         NetWork::new(tap, memory, queues, self.notifier.clone(), features, self.net.announce.clone())
     }
 
+    fn work_with_event_idx(&self) -> NetWork {
+        let mut queues: Vec<ActiveQueue> = self.rings.iter().map(Ring::active).collect();
+        for active in &mut queues {
+            active.queue.set_event_idx(true);
+        }
+        let (tap, memory) = (self.net.tap.clone(), self.memory.clone());
+        NetWork::new(tap, memory, queues, self.notifier.clone(), MERGEABLE, self.net.announce.clone())
+    }
+
     fn worker(&self) -> Worker<NetWork> {
         Worker::start("network", self.work(MERGEABLE)).unwrap()
     }
@@ -97,6 +106,51 @@ fn frame_from_the_network_fills_as_many_buffers_as_it_needs() {
     sent[10] = 3;
     assert_eq!(bench.bytes(DATA, 2500), sent);
     assert_eq!(bench.heard.try_recv(), Ok(Told::Queue(0)));
+}
+
+#[test]
+fn driver_never_finds_a_part_of_a_frame() {
+    const FRAMES: u16 = 100;
+    let mut bench = Bench::new();
+    for number in 0..3 * u64::from(FRAMES) {
+        bench.rings[0].offer(&[writable(DATA + number * 1000, 1000)]);
+    }
+    let (memory, used) = (bench.memory.clone(), bench.rings[0].used_index());
+    let driver = std::thread::spawn(move || {
+        loop {
+            let found: u16 = memory.load(used, Ordering::Acquire).unwrap();
+            assert_eq!(found % 3, 0);
+            if found == 3 * FRAMES {
+                return;
+            }
+        }
+    });
+    let mut work = bench.work(MERGEABLE);
+    for _ in 0..FRAMES {
+        bench.network.send(&frame(2500)).unwrap();
+        call(&mut work, 3);
+        assert_eq!(bench.heard.try_recv(), Ok(Told::Queue(0)));
+    }
+    driver.join().unwrap();
+    assert_eq!(bench.rings[0].used().len(), 3 * usize::from(FRAMES));
+}
+
+#[test]
+fn driver_that_waits_for_one_buffer_hears_of_a_frame_in_several() {
+    let mut bench = Bench::new();
+    for number in 0..4 {
+        bench.rings[0].offer(&[writable(DATA + number * 1000, 1000)]);
+    }
+    bench.rings[0].wait_for(0);
+    let mut work = bench.work_with_event_idx();
+    for length in [2500, 900] {
+        bench.network.send(&frame(length)).unwrap();
+        call(&mut work, 3);
+    }
+    assert_eq!(bench.heard.try_recv(), Ok(Told::Queue(0)));
+    // Nobody waits for the second.
+    assert!(bench.heard.try_recv().is_err());
+    assert_eq!(bench.rings[0].used().len(), 4);
 }
 
 #[test]

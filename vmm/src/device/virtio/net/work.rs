@@ -142,7 +142,7 @@ impl NetWork {
     fn receive(&mut self) -> bool {
         let Self { tap, memory, queues, notifier, features, announce: _, frame, watching: _, gone } = self;
         let Some(active) = queues.get_mut(RECEIVE) else { return false };
-        let mut given = false;
+        let (mut given, mut merged) = (false, false);
         let mut room = true;
         for _ in 0..BATCH {
             let first = active.queue.next_avail();
@@ -157,8 +157,9 @@ impl NetWork {
                         frame[FLAGS_AT] = 0;
                     }
                     let mergeable = *features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
-                    if place(&mut frame[..length], chain, active, memory, mergeable) {
-                        given = true;
+                    let chains = place(&mut frame[..length], chain, active, memory, mergeable);
+                    if chains > 0 {
+                        (given, merged) = (true, merged || chains > 1);
                         continue;
                     }
                     tracing::debug!(tap = tap.name, length, "a frame is lost for lack of room in the guest");
@@ -173,7 +174,9 @@ impl NetWork {
             }
             active.queue.set_next_avail(first);
         }
-        if given {
+        if merged {
+            active.tell_surely(memory, &**notifier, RECEIVE as u16);
+        } else if given {
             active.tell(memory, &**notifier, RECEIVE as u16);
         }
         room
@@ -251,15 +254,15 @@ fn copy_out<'f>(memory: &GuestMemoryMmap, chain: Chain<'_>, frame: &'f mut [u8])
     Some(frame)
 }
 
-/// Writes a frame into this chain, and into more of the queue if it has to and may. Says whether there was room; where there was
-/// not, nothing is given back, and what was taken has to be put back.
+/// Writes a frame into this chain, and into more of the queue if it has to and may, and gives them back. Says how many chains it
+/// took; where there was no room, none is given back, and what was taken has to be put back.
 fn place<'m>(
     frame: &mut [u8],
     chain: Chain<'m>,
     active: &mut ActiveQueue,
     memory: &'m GuestMemoryMmap,
     mergeable: bool,
-) -> bool {
+) -> usize {
     // A chain that leads out of memory has no room.
     let open = |chain: Chain<'m>| (chain.head_index(), Writer::new(memory, chain).ok());
     let room_in = |writer: &Option<Writer<'m>>| writer.as_ref().map_or(0, Writer::available_bytes);
@@ -268,21 +271,24 @@ fn place<'m>(
     let mut parts = vec![first];
     // A driver could add chains for as long as we take them.
     while room < frame.len() && mergeable && parts.len() < usize::from(active.queue.size()) {
-        let Some(chain) = active.take(memory) else { return false };
+        let Some(chain) = active.take(memory) else { return 0 };
         let part = open(chain);
         room = room.saturating_add(room_in(&part.1));
         parts.push(part);
     }
     if room < frame.len() {
-        return false;
+        return 0;
     }
     frame[BUFFERS_AT..HEADER].copy_from_slice(&(parts.len() as u16).to_le_bytes());
     let mut rest = &*frame;
-    for (head, writer) in parts {
+    let parts = parts.into_iter().map(|(head, writer)| {
         let (now, later) = rest.split_at(rest.len().min(room_in(&writer)));
         let written = writer.is_some_and(|mut writer| writer.write_all(now).is_ok());
-        active.give(memory, head, if written { now.len() as u32 } else { 0 });
         rest = later;
-    }
-    true
+        (head, if written { now.len() as u32 } else { 0 })
+    });
+    let parts = parts.collect::<Vec<_>>();
+    // A driver that finds the first takes it that the others are there.
+    active.give_together(memory, &parts);
+    parts.len()
 }
