@@ -127,6 +127,11 @@ pub enum Command {
     Resume(NameArg),
     /// End a VM, as if its power were cut
     Stop(NameArg),
+    /// Ask a VM's guest to give back so much of its memory
+    ///
+    /// The guest does so as far as it can, and takes memory back by itself before it runs out of it. `vmm status` shows how far it
+    /// has come. The VM must have been started with --balloon.
+    Balloon(BalloonArgs),
 }
 
 /// `vmm run`.
@@ -169,8 +174,11 @@ pub struct RunArgs {
     /// same name has to be there before `vmm restore`; the guest is then asked to announce itself to the switches behind it.
     #[arg(long, value_name = "tap=NAME[,mac=XX:XX:XX:XX:XX:XX]")]
     pub net: Vec<NetConfig>,
+    /// Give the guest a balloon, so that it can give memory back: what `vmm balloon` asks for, and what it has free anyway
+    #[arg(long)]
+    pub balloon: bool,
     /// Build the VM from what arrives on this file descriptor (used by `vmm restore`)
-    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk", "net"])]
+    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk", "net", "balloon"])]
     pub restore: Option<i32>,
 }
 
@@ -180,7 +188,9 @@ impl RunArgs {
     pub fn devices(&self) -> Vec<DeviceConfig> {
         let rng = self.rng.then_some(DeviceConfig::Rng);
         let disks = self.disk.iter().cloned().map(DeviceConfig::Block);
-        rng.into_iter().chain(disks).chain(self.net.iter().cloned().map(DeviceConfig::Net)).collect()
+        let networks = self.net.iter().cloned().map(DeviceConfig::Net);
+        let balloon = self.balloon.then_some(DeviceConfig::Balloon);
+        rng.into_iter().chain(disks).chain(networks).chain(balloon).collect()
     }
 }
 
@@ -262,6 +272,17 @@ pub struct NameArg {
     pub name: String,
 }
 
+/// `vmm balloon`.
+#[derive(Debug, Args)]
+pub struct BalloonArgs {
+    /// Name of the VM
+    #[arg(value_parser = vm_name)]
+    pub name: String,
+    /// How much of its memory the guest is to do without: bytes, or with a suffix of K, M, G or T; 0 for nothing
+    #[arg(value_parser = size_or_none)]
+    pub size: u64,
+}
+
 fn vm_name(text: &str) -> Result<String, String> {
     if kho_abi::names::is_valid_vm_name(text) {
         Ok(text.to_owned())
@@ -295,6 +316,11 @@ fn size(text: &str) -> Result<u64, String> {
         Some(bytes) => Ok(bytes),
         None => Err("more than 64 bits can hold".to_owned()),
     }
+}
+
+/// A size in bytes, or none.
+fn size_or_none(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { size(text) }
 }
 
 /// A time-out: up to a day, as more than that is a slip of the finger.
@@ -355,10 +381,10 @@ mod tests {
 
     #[test]
     fn devices_are_in_the_order_given_kind_by_kind() {
-        let line = "vmm run --name a --kernel k --net tap=t --disk /b,id=x --rng --disk /a,readonly --net tap=s";
+        let line = "vmm run --name a --kernel k --balloon --net tap=t --disk /b,id=x --rng --disk /a,readonly --net tap=s";
         let Command::Run(arguments) = Cli::try_parse_from(line.split(' ')).unwrap().command else { panic!("{line}") };
         let devices: Vec<_> = arguments.devices().iter().map(ToString::to_string).collect();
-        assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly", "net:tap=t", "net:tap=s"]);
+        assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly", "net:tap=t", "net:tap=s", "balloon"]);
     }
 
     #[test]
@@ -366,6 +392,7 @@ mod tests {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
         assert!(parse("vmm run --name a --kernel k --append --x --memory 1G").is_ok());
         assert!(parse("vmm run --restore 3").is_ok());
+        assert!(parse("vmm balloon a 0").is_ok());
         for line in [
             "vmm run --kernel k",
             "vmm run --name a",
@@ -375,6 +402,9 @@ mod tests {
             "vmm run --name a --kernel k --disk a.img,ro",
             "vmm run --name a --kernel k --net t",
             "vmm run --restore 3 --name a",
+            "vmm balloon a",
+            "vmm balloon a -1",
+            "vmm balloon a 0M",
             "vmm restore",
             "vmm update --initrd i",
             "vmm update --kernel k --append x --reuse-cmdline",

@@ -116,6 +116,9 @@ pub enum ConfigError {
     /// More devices than there are places for.
     #[error("{0} devices asked for: a guest has places for {DEVICES_MAX}")]
     Devices(usize),
+    /// More balloons than one.
+    #[error("{0} balloons asked for: a guest has one")]
+    Balloons(usize),
 }
 
 impl MachineConfig {
@@ -132,6 +135,10 @@ impl MachineConfig {
         }
         if self.devices.len() > DEVICES_MAX {
             return Err(ConfigError::Devices(self.devices.len()));
+        }
+        let balloons = self.devices.iter().filter(|device| **device == DeviceConfig::Balloon).count();
+        if balloons > 1 {
+            return Err(ConfigError::Balloons(balloons));
         }
         Ok(())
     }
@@ -208,6 +215,8 @@ mod tests {
             assert!(MachineConfig { memory, ..good.clone() }.validate().is_err(), "{memory}");
         }
         let devices = vec![DeviceConfig::Rng; DEVICES_MAX + 1];
-        assert!(matches!(MachineConfig { devices, ..good }.validate(), Err(ConfigError::Devices(_))));
+        assert!(matches!(MachineConfig { devices, ..good.clone() }.validate(), Err(ConfigError::Devices(_))));
+        let devices = vec![DeviceConfig::Balloon; 2];
+        assert!(matches!(MachineConfig { devices, ..good }.validate(), Err(ConfigError::Balloons(2))));
     }
 }

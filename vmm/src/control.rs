@@ -1,5 +1,6 @@
 //! How a VM is talked to: one Varlink socket per VM, served by the VM, used by the `vmm` verbs.
 
+pub mod balloon;
 pub mod client;
 pub mod interface;
 pub mod lease;

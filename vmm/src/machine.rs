@@ -12,8 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{self, ArchError, BootError, Platform, VcpuArch};
 use crate::bus::Bus;
+use crate::config::device::DeviceConfig;
 use crate::config::{ConfigError, MachineConfig, VmConfig};
 use crate::device::serial::{Serial, SerialError, SerialInput};
+use crate::device::virtio::balloon;
 use crate::device::virtio::mmio::{self, InterruptRegisters, Transport};
 use crate::device::virtio::{self, VirtioDevice, VirtioError};
 use crate::device::{self, Gate};
@@ -64,6 +66,7 @@ pub struct Machine {
     platform: Platform,
     serial: Arc<Mutex<Serial>>,
     virtio: Vec<Arc<Mutex<Transport>>>,
+    balloon: Arc<balloon::Control>,
     gate: Arc<Gate>,
     buses: Buses,
 }
@@ -105,14 +108,15 @@ impl Machine {
         let serial = Arc::new(Mutex::new(Serial::new(&config.serial, interrupt)?));
         let (mut ports, mut memory) = (Bus::default(), Bus::default());
         platform.place_devices(&mut ports, &mut memory, serial.clone());
+        let balloon = Arc::new(balloon::Control::new(ram.discards()).map_err(MachineError::EventFd)?);
         let virtio = config.devices.iter().enumerate().map(|(slot, device)| {
-            let device = virtio::build(device)?;
+            let device = virtio::build(device, &balloon)?;
             place_virtio(&vm, &platform, &mut memory, slot, device, &ram)
         });
         let virtio = virtio.collect::<Result<_, MachineError>>()?;
         let buses = Buses { ports: Arc::new(ports), memory: Arc::new(memory) };
         let gate = Arc::new(Gate::default());
-        Ok((Self { config, vm, ram, platform, serial, virtio, gate, buses }, vcpus))
+        Ok((Self { config, vm, ram, platform, serial, virtio, balloon, gate, buses }, vcpus))
     }
 
     /// Loads a kernel and points the first vCPU at it.
@@ -211,6 +215,11 @@ impl Machine {
     /// Its RAM.
     pub fn ram(&self) -> &Ram {
         &self.ram
+    }
+
+    /// Its balloon, if it has one.
+    pub fn balloon(&self) -> Option<&balloon::Control> {
+        self.config.devices.contains(&DeviceConfig::Balloon).then_some(&*self.balloon)
     }
 
     /// Where its vCPUs find devices.

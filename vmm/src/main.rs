@@ -59,6 +59,7 @@ fn run(command: Command, log: LogArgs, started: u64) -> anyhow::Result<u8> {
         Command::Pause(arguments) => host::verbs::pause(&dir, &arguments.name),
         Command::Resume(arguments) => host::verbs::resume(&dir, &arguments.name),
         Command::Stop(arguments) => host::verbs::stop(&dir, &arguments.name),
+        Command::Balloon(arguments) => host::verbs::balloon(&dir, &arguments.name, arguments.size),
     }
 }
 

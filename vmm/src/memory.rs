@@ -3,9 +3,12 @@
 //! The mapping lies at a multiple of 2 MiB and asks for huge pages, because what the next kernel has to do to take the memory
 //! over, it does once per folio.
 
+pub mod discards;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::tokens;
@@ -13,6 +16,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+use self::discards::Discards;
 use crate::arch;
 use crate::config::MEMORY_GRANULE;
 
@@ -56,6 +60,7 @@ pub struct Ram {
     size: u64,
     base: NonNull<u8>,
     ranges: Vec<RamRangeV1>,
+    discards: Arc<Discards>,
     /// The same memory as rust-vmm's crates see it.
     pub guest: GuestMemoryMmap,
 }
@@ -112,7 +117,11 @@ impl Ram {
                 MemoryError::Unfit(format!("the range at {:#x} passes the end of the address space", range.gpa))
             })?);
         }
-        Ok(Self { file, size, base, ranges, guest: GuestMemoryMmap::from_regions(regions)? })
+        let duplicate = file.try_clone().and_then(|file| Discards::new(file, ranges.clone()));
+        let discards = duplicate
+            .map_err(|source| MemoryError::System { operation: "duplicate the memfd's descriptor", source })?;
+        let guest = GuestMemoryMmap::from_regions(regions)?;
+        Ok(Self { file, size, base, ranges, discards: Arc::new(discards), guest })
     }
 
     /// The memfd.
@@ -123,6 +132,11 @@ impl Ram {
     /// Bytes of RAM.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Gives parts of it back to the host.
+    pub fn discards(&self) -> &Arc<Discards> {
+        &self.discards
     }
 
     /// Where in the guest's address space which part of the memfd lies.

@@ -8,7 +8,7 @@ use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::{DocumentError, EncodeError};
 
 use crate::config::device::DeviceConfigError;
-use crate::config::{MachineConfig, SerialConfigError};
+use crate::config::{MEMORY_GRANULE, MachineConfig, SerialConfigError};
 use crate::memory::{self, MemoryError};
 
 /// What can go wrong with a document.
@@ -57,13 +57,16 @@ pub struct StateFile {
 impl StateFile {
     /// Sets aside room for the document of a VM of that shape.
     pub fn create(config: &MachineConfig) -> Result<Self, PersistError> {
-        let MachineConfig { name, cpus, memory: _, serial: _, devices } = config;
+        let MachineConfig { name, cpus, memory, serial: _, devices } = config;
         // A vCPU has 12 KiB of state with AVX-512, 20 KiB with AMX.
         const SHARED: usize = 64 << 10;
         const PER_VCPU: usize = 64 << 10;
         // A device has less than 1 KiB of state, and some more for each further queue.
         const PER_DEVICE: usize = 16 << 10;
-        let capacity = (SHARED + PER_VCPU * *cpus as usize + PER_DEVICE * devices.len()).min(header::CAP);
+        // A balloon has a bit for each 2 MiB of RAM.
+        let blocks = (memory / MEMORY_GRANULE).div_ceil(8) as usize;
+        let capacity = SHARED + PER_VCPU * *cpus as usize + PER_DEVICE * devices.len() + blocks;
+        let capacity = capacity.min(header::CAP);
         let file =
             memory::create_memfd(&format!("kho-vmm-state:{name}"), capacity as u64).map_err(PersistError::Memory)?;
         Ok(Self { file, capacity })

@@ -11,6 +11,8 @@
 //!
 //! Only the functions here move it, each under the one lock.
 
+mod balloon;
+
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -22,6 +24,7 @@ use serde::Serialize;
 use crate::arch::{self, ArchError};
 use crate::config::{MachineConfig, VmConfig};
 use crate::device::virtio::VirtioError;
+use crate::device::virtio::balloon::BalloonError;
 use crate::fault::{self, Action, InjectedFault};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{MemoryError, Ram};
@@ -101,6 +104,9 @@ pub enum VmError {
         /// What the VM is doing.
         state: State,
     },
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A test asked for a failure.
     #[error("a step was made to fail")]
     Fault(#[from] InjectedFault),
@@ -375,6 +381,8 @@ impl Vm {
             State::Running | State::Paused => control.state = State::Prepared,
             state => return Err(VmError::State { operation: "prepare it for a live update", state }),
         }
+        // Under the lock, as is the release: whoever finds the VM prepared finds its memory held.
+        self.0.machine.ram().discards().hold();
         drop(control);
         // Outside of the lock, as it may take seconds.
         let prepared = self.prepare_files();
@@ -434,6 +442,7 @@ impl Vm {
             return Ok(());
         }
         control.state_file = None;
+        self.0.machine.ram().discards().release();
         control.state = match control.wanted {
             Wanted::Running => State::Running,
             Wanted::Paused => State::Paused,

@@ -1,5 +1,6 @@
 //! virtio devices: the transport's state, which all have, and what each kind has beside.
 
+mod balloon;
 mod block;
 mod net;
 mod transport;
@@ -8,6 +9,7 @@ use super::node::Node;
 use super::record::{Reader, Record, to_node};
 use super::{DecodeError, Problem};
 use crate::names;
+pub use balloon::BalloonV1;
 pub use block::{BlockV1, ImageKind};
 pub use net::NetV1;
 pub use transport::{QueueV1, VirtioMmioV1};
@@ -21,6 +23,8 @@ pub enum VirtioState {
     Block(BlockV1),
     /// A network device.
     Net(NetV1),
+    /// A balloon.
+    Balloon(BalloonV1),
 }
 
 impl VirtioState {
@@ -30,6 +34,7 @@ impl VirtioState {
             Self::Rng(state) => to_node(names::VIRTIO_DEVICE, state),
             Self::Block(state) => to_node(names::VIRTIO_DEVICE, state),
             Self::Net(state) => to_node(names::VIRTIO_DEVICE, state),
+            Self::Balloon(state) => to_node(names::VIRTIO_DEVICE, state),
         }
     }
 
@@ -39,8 +44,10 @@ impl VirtioState {
             RngV1::COMPATIBLE => Ok(Self::Rng(reader.record()?)),
             BlockV1::COMPATIBLE => Ok(Self::Block(reader.record()?)),
             NetV1::COMPATIBLE => Ok(Self::Net(reader.record()?)),
+            BalloonV1::COMPATIBLE => Ok(Self::Balloon(reader.record()?)),
             found => {
-                let expected = [RngV1::COMPATIBLE, BlockV1::COMPATIBLE, NetV1::COMPATIBLE].join(" or ");
+                let expected =
+                    [RngV1::COMPATIBLE, BlockV1::COMPATIBLE, NetV1::COMPATIBLE, BalloonV1::COMPATIBLE].join(" or ");
                 Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
             }
         }

@@ -18,6 +18,8 @@ pub enum DeviceConfig {
     Block(BlockConfig),
     /// A network.
     Net(NetConfig),
+    /// A balloon.
+    Balloon,
 }
 
 /// A device that is none.
@@ -40,6 +42,7 @@ impl FromStr for DeviceConfig {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
             None if text == "rng" => Ok(Self::Rng),
+            None if text == "balloon" => Ok(Self::Balloon),
             Some(("block", words)) => Ok(Self::Block(words.parse()?)),
             Some(("net", words)) => Ok(Self::Net(words.parse()?)),
             _ => Err(DeviceConfigError::Kind(text.to_owned())),
@@ -53,6 +56,7 @@ impl fmt::Display for DeviceConfig {
             Self::Rng => write!(out, "rng"),
             Self::Block(config) => write!(out, "block:{config}"),
             Self::Net(config) => write!(out, "net:{config}"),
+            Self::Balloon => write!(out, "balloon"),
         }
     }
 }
@@ -63,10 +67,10 @@ mod tests {
 
     #[test]
     fn device_round_trips_and_an_unknown_one_is_refused() {
-        for text in ["rng", "block:/a:b.img,readonly", "net:tap=a,mac=02:00:00:00:00:01"] {
+        for text in ["rng", "block:/a:b.img,readonly", "net:tap=a,mac=02:00:00:00:00:01", "balloon"] {
             assert_eq!(text.parse::<DeviceConfig>().unwrap().to_string(), text);
         }
-        for text in ["", "rng:", "block", "block:", "net", "net:", "gpu:/a", "Rng"] {
+        for text in ["", "rng:", "block", "block:", "net", "net:", "gpu:/a", "Rng", "balloon:"] {
             assert!(text.parse::<DeviceConfig>().is_err(), "{text}");
         }
     }

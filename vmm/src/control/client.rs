@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::runtime::Runtime;
 use zlink::tokio::unix::{Connection, Stream};
 
+use super::balloon::{BalloonError, BalloonProxy, BalloonStatus};
 use super::interface::{FrozenDocument, MachineError, MachineProxy, MachineStatus, PreparedFiles};
 use super::socket::RunDir;
 
@@ -211,6 +212,32 @@ impl Client {
     pub fn stop(&mut self) -> Result<(), ClientError> {
         let reply = call!(self, "stop", self.connection.stop())?;
         self.refused("stop", reply)
+    }
+
+    /// `Get` of the balloon, if the VM has one.
+    pub fn balloon(&mut self) -> Result<Option<BalloonStatus>, ClientError> {
+        match call!(self, "balloon", self.connection.get()) {
+            Ok(Err(BalloonError::NoBalloon)) => Ok(None),
+            Ok(reply) => self.balloon_refused(reply).map(Some),
+            // Of a VM that a `vmm` started which knew of no balloons.
+            Err(ClientError::Protocol { source: zlink::Error::VarlinkService(_), .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// `SetTarget` of the balloon.
+    pub fn set_balloon(&mut self, bytes: u64) -> Result<(), ClientError> {
+        let reply = call!(self, "balloon", self.connection.set_target(bytes))?;
+        self.balloon_refused(reply)
+    }
+
+    fn balloon_refused<T>(&self, reply: Result<T, BalloonError>) -> Result<T, ClientError> {
+        let operation = "balloon";
+        let refused = |error: BalloonError| MachineError::OperationFailed {
+            operation: operation.to_owned(),
+            reason: error.to_string(),
+        };
+        self.refused(operation, reply.map_err(refused))
     }
 
     /// `Prepare`, under `lease`; the files are the state file and those of RAM, as many as the reply names.

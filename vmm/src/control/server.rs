@@ -11,11 +11,13 @@ use tokio::task::LocalSet;
 use zlink::tokio::unix::{Connection, Listener, Stream};
 use zlink::{Listener as _, Server};
 
+use super::balloon::{BalloonError, BalloonStatus, Statistic};
 use super::interface::{
     FrozenDocument, MachineError, MachineState, MachineStatus, Mark, PreparedFiles, RamFile, marks,
 };
 use super::lease::Lease;
-use crate::vm::{Frozen, Prepared, Vm};
+use crate::device::virtio::balloon::BalloonError as NoneOrSize;
+use crate::vm::{Frozen, Prepared, Vm, VmError};
 
 /// A VM as the control thread uses it; calls block. There is one kind, and another one in the tests of this module, as
 /// a real VM needs KVM.
@@ -34,6 +36,10 @@ pub trait Guest: Send + Sync {
     fn freeze(&self, generation: u64) -> Result<Frozen, MachineError>;
     /// See [`Vm::thaw`].
     fn thaw(&self) -> Result<(), MachineError>;
+    /// See [`Vm::balloon`].
+    fn balloon(&self) -> Result<BalloonStatus, BalloonError>;
+    /// See [`Vm::set_balloon`].
+    fn set_balloon(&self, bytes: u64) -> Result<(), BalloonError>;
 }
 
 impl Guest for Vm {
@@ -63,6 +69,14 @@ impl Guest for Vm {
 
     fn thaw(&self) -> Result<(), MachineError> {
         Self::thaw(self).map_err(|error| failed("thaw", &error))
+    }
+
+    fn balloon(&self) -> Result<BalloonStatus, BalloonError> {
+        Self::balloon(self).map(BalloonStatus::from).map_err(|error| balloon_failed(&error))
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), BalloonError> {
+        Self::set_balloon(self, bytes).map_err(|error| balloon_failed(&error))
     }
 }
 
@@ -151,7 +165,24 @@ fn failed(operation: &str, error: &dyn std::error::Error) -> MachineError {
     MachineError::OperationFailed { operation: operation.to_owned(), reason: chain(error) }
 }
 
+fn balloon_failed(error: &VmError) -> BalloonError {
+    match error {
+        VmError::Balloon(NoneOrSize::None) => BalloonError::NoBalloon,
+        other => BalloonError::OperationFailed { reason: chain(other) },
+    }
+}
+
 impl Machine {
+    /// The same for the balloon, which the guest may be waited for.
+    async fn call_balloon<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&dyn Guest) -> Result<T, BalloonError> + Send + 'static,
+    ) -> Result<T, BalloonError> {
+        let guest = Arc::clone(&self.guest);
+        let called = tokio::task::spawn_blocking(move || call(guest.as_ref())).await;
+        called.unwrap_or_else(|error| Err(BalloonError::OperationFailed { reason: chain(&error) }))
+    }
+
     /// Calls into the VM, which blocks: for milliseconds as a rule, for seconds where RAM has to be filled in.
     async fn call<T: Send + 'static>(
         &self,
@@ -186,13 +217,13 @@ fn prepare(
 /// A virtual machine whose guest outlives a change of its host's kernel.
 #[zlink::service(
     interface = "org.kho-vmm.Machine1",
-    types = [MachineState, Mark, RamFile],
     vendor = "kho-vmm",
     product = "vmm",
     version = env!("CARGO_PKG_VERSION")
 )]
 impl Machine {
     /// What the VM is and does.
+    #[zlink(interface = "org.kho-vmm.Machine1", types = [MachineState, Mark, RamFile])]
     async fn status(&self) -> Result<MachineStatus, MachineError> {
         self.call("status", |guest, _| Ok(guest.status())).await
     }
@@ -237,6 +268,17 @@ impl Machine {
             guest.thaw()
         };
         self.call("thaw", thaw).await
+    }
+
+    /// How the VM's balloon is. The guest is asked for statistics and waited for, for a second at most.
+    #[zlink(interface = "org.kho-vmm.Balloon1", types = [Statistic])]
+    async fn get(&self) -> Result<BalloonStatus, BalloonError> {
+        self.call_balloon(|guest| guest.balloon()).await
+    }
+
+    /// Asks the guest to give so many bytes of its memory back. How far it has come, `Get` tells.
+    async fn set_target(&self, bytes: u64) -> Result<(), BalloonError> {
+        self.call_balloon(move |guest| guest.set_balloon(bytes)).await
     }
 }
 
@@ -316,6 +358,17 @@ mod tests {
         fn thaw(&self) -> Result<(), MachineError> {
             self.change("thaw", &[MachineState::Prepared, MachineState::Frozen], MachineState::Running)
         }
+        fn balloon(&self) -> Result<BalloonStatus, BalloonError> {
+            let statistics = vec![Statistic { name: "free_bytes".into(), value: u64::MAX >> 1 }];
+            Ok(BalloonStatus { target: 1 << 30, actual: 4096, backed: 0, statistics, statistics_age_ms: Some(7) })
+        }
+        fn set_balloon(&self, bytes: u64) -> Result<(), BalloonError> {
+            match bytes {
+                0 => Ok(()),
+                1 => Err(BalloonError::NoBalloon),
+                _ => Err(BalloonError::OperationFailed { reason: "too much".into() }),
+            }
+        }
     }
 
     fn served() -> (tempfile::TempDir, RunDir, Claim) {
@@ -343,6 +396,20 @@ mod tests {
         assert!(chain(&refused).contains("the VM is paused"));
         client.resume().unwrap();
         assert!(matches!(Client::connect(&dir, "b", LIMIT), Err(ClientError::NotThere { .. })));
+    }
+
+    #[test]
+    fn balloon_has_an_interface_of_its_own() {
+        let (_folder, dir, _claim) = served();
+        let mut client = Client::connect(&dir, "a", LIMIT).unwrap();
+        let balloon = client.balloon().unwrap().unwrap();
+        assert_eq!((balloon.target, balloon.statistics[0].value), (1 << 30, u64::MAX >> 1));
+        client.set_balloon(0).unwrap();
+        let refused = client.set_balloon(1).unwrap_err();
+        assert!(chain(&refused).contains("vmm run --balloon"), "{}", chain(&refused));
+        assert!(chain(&client.set_balloon(2).unwrap_err()).contains("too much"));
+        // The connection is as good as before.
+        assert_eq!(client.status().unwrap().state, MachineState::Running);
     }
 
     #[test]

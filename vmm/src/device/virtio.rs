@@ -4,6 +4,7 @@
 //! and interrupts; between [`VirtioDevice::start`] and [`VirtioDevice::stop`] the device owns its queues and works in threads of
 //! its own.
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::balloon::Balloon;
 use self::block::Block;
 use self::net::Net;
 use self::rng::Rng;
@@ -57,12 +59,13 @@ impl VirtioError {
     }
 }
 
-/// Makes the device that an operator has asked for.
-pub fn build(config: &DeviceConfig) -> Result<Box<dyn VirtioDevice>, VirtioError> {
+/// Makes the device that an operator has asked for. `balloon` is what he has hold of the balloon by.
+pub fn build(config: &DeviceConfig, balloon: &Arc<balloon::Control>) -> Result<Box<dyn VirtioDevice>, VirtioError> {
     Ok(match config {
         DeviceConfig::Rng => Box::new(Rng::new()),
         DeviceConfig::Block(config) => Box::new(Block::new(config)?),
         DeviceConfig::Net(config) => Box::new(Net::new(config)?),
+        DeviceConfig::Balloon => Box::new(Balloon::new(balloon)),
     })
 }
 

@@ -1,13 +1,14 @@
-//! The verbs about VMs that run: list, status, pause, resume, stop.
+//! The verbs about VMs that run: list, status, pause, resume, stop, balloon.
 
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::kept::KeptVm;
 use super::report;
 use crate::cli::status;
+use crate::control::balloon::BalloonStatus;
 use crate::control::client::{Client, ClientError};
 use crate::control::interface::MachineStatus;
 use crate::control::socket::RunDir;
@@ -79,8 +80,9 @@ pub fn list(dir: &RunDir, json: bool) -> anyhow::Result<u8> {
 
 /// `vmm status`.
 pub fn status(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
-    let vm = match Client::connect(dir, name, PATIENCE).and_then(|mut client| client.status()) {
-        Ok(vm) => vm,
+    let asked = Client::connect(dir, name, PATIENCE).and_then(|mut client| Ok((client.status()?, client.balloon()?)));
+    let (vm, balloon) = match asked {
+        Ok(told) => told,
         Err(error) => {
             let Some(kept) = KeptVm::read(dir, name).filter(|_| error.is_gone()) else { return Err(error.into()) };
             if json {
@@ -100,7 +102,9 @@ pub fn status(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
     let timeline = vm.timeline();
     if json {
         let base = report::with_fields(base_fields(&vm), report::timeline_fields(timeline.as_ref()));
-        let more = [("document_bytes".to_owned(), json!(vm.document_bytes))].into_iter().collect();
+        let balloon = balloon.as_ref().map_or(Value::Null, balloon_fields);
+        let more = [("document_bytes".to_owned(), json!(vm.document_bytes)), ("balloon".to_owned(), balloon)];
+        let more = more.into_iter().collect();
         report::print_json(&report::with_fields(base, more));
     } else {
         let mut text = format!(
@@ -111,12 +115,51 @@ pub fn status(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
             vm.cpus,
             vm.generation
         );
+        if let Some(balloon) = balloon {
+            text.push_str(&balloon_text(&balloon));
+        }
         if let Some(timeline) = timeline.filter(|timeline| !timeline.marks.is_empty()) {
             text.push_str(&format!("last live update, a document of {}:\n", report::bytes(vm.document_bytes)));
             text.push_str(&report::timeline_text(&timeline));
         }
         report::print(&text);
     }
+    Ok(status::DONE)
+}
+
+fn balloon_fields(balloon: &BalloonStatus) -> Value {
+    let BalloonStatus { target, actual, backed, statistics, statistics_age_ms } = balloon;
+    let statistics: Map<_, _> = statistics.iter().map(|one| (one.name.clone(), json!(one.value))).collect();
+    json!({
+        "target": target,
+        "actual": actual,
+        "backed": backed,
+        "statistics": statistics,
+        "statistics_age_ms": statistics_age_ms,
+    })
+}
+
+fn balloon_text(balloon: &BalloonStatus) -> String {
+    let BalloonStatus { target, actual, backed, statistics, statistics_age_ms } = balloon;
+    let [target, actual, backed] = [target, actual, backed].map(|bytes| report::bytes(*bytes));
+    let mut text =
+        format!("balloon: {actual} of {target} asked for; {backed} of the guest's memory are in use on the host\n");
+    if let Some(age) = statistics_age_ms {
+        let values: Vec<_> = statistics
+            .iter()
+            .map(|one| match one.name.strip_suffix("_bytes") {
+                Some(name) => format!("{} {}", name.replace('_', " "), report::bytes(one.value)),
+                None => format!("{} {}", one.name.replace('_', " "), one.value),
+            })
+            .collect();
+        text.push_str(&format!("  the guest's memory, {:.1} s ago: {}\n", *age as f64 / 1e3, values.join(", ")));
+    }
+    text
+}
+
+/// `vmm balloon`.
+pub fn balloon(dir: &RunDir, name: &str, bytes: u64) -> anyhow::Result<u8> {
+    Client::connect(dir, name, PATIENCE)?.set_balloon(bytes)?;
     Ok(status::DONE)
 }
 
