@@ -9,13 +9,14 @@
 #   lab.rng=1                an entropy source
 #   lab.cpus=N               how many processors it must find
 #   lab.net=ADDRESS/BITS     its network card's address
+#   lab.memory=MIB          memory to fill where there is some to spare, and to read back
 #   lab.load=KIND,OPTION,... a load, run by lab-load, which speaks for itself; any number of times
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng= cpus= net= loads=
+lines=0 end=poweroff disk= rng= cpus= net= memory= loads=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -26,6 +27,7 @@ for word in $(cat /proc/cmdline); do
     lab.net=*) net=${word#*=} ;;
     lab.load=*) loads=1 ;;
     lab.cpus=*) cpus=${word#*=} ;;
+    lab.memory=*) memory=${word#*=} ;;
   esac
 done
 
@@ -77,6 +79,30 @@ check_rng() {
 }
 random=$(: | sha256sum)
 
+# Filled with copies of the file, which stay until the next time.
+fills=0 filled=
+copies() {
+  copy=0
+  while [ "$copy" -lt "$memory" ]; do
+    copy=$((copy + 1))
+    cat /tmp/file
+  done
+}
+use_memory() {
+  if [ -f /tmp/fill ]; then
+    found=$(sum /tmp/fill)
+    [ "$found" = "$filled" ] || echo "DAMAGE memory sum=$found right=$filled"
+    rm /tmp/fill
+    fills=$((fills + 1))
+    echo "LOAD line n=$fills of=memory mib=$memory"
+  fi
+  available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
+  if [ "$available" -ge $((memory + 24)) ]; then
+    [ -n "$filled" ] || { filled=$(copies | sha256sum) filled=${filled%"${filled#????????????????}"}; }
+    copies > /tmp/fill || rm /tmp/fill
+  fi
+}
+
 dd if=/dev/urandom of=/tmp/file bs=64k count=16 2>/dev/null
 right=$(sum /tmp/file)
 # A second process shows that the scheduler and timers serve more than one.
@@ -96,6 +122,7 @@ fi
 online=$(grep -c '^processor' /proc/cpuinfo)
 [ -z "$cpus" ] || [ "$cpus" = "$online" ] || echo "DAMAGE processors online=$online given=$cpus"
 
+[ -z "$memory" ] || echo "LOAD start of=memory"
 echo "LINUX start release=$(uname -r) sum=$right"
 n=0 before=$(milliseconds) ticks_before=0 wall_before=$(date +%s) complaints=0
 while :; do
@@ -118,6 +145,7 @@ while :; do
   fi
   [ -z "$disk" ] || check_disk
   [ -z "$rng" ] || check_rng
+  [ -z "$memory" ] || use_memory
   echo "LINUX line n=$n clock_ms=$now ticks=$ticks sum=$sum"
   if [ "$n" = "$lines" ]; then
     echo "LINUX end how=$end"

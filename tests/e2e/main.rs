@@ -22,6 +22,7 @@ macro_rules! on_each_architecture {
 }
 
 mod after_commit;
+mod balloon;
 mod before_commit;
 mod disks;
 mod endings;

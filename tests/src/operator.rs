@@ -112,18 +112,29 @@ pub fn start_update(host: &mut Host, to: Side, output: &str, update: &Update<'_>
 
 /// Replaces the host's kernel under its VMs and waits until `vmm restore` is done. Fails when the update does not happen.
 pub fn live_update(host: &mut Host, to: Side, update: &Update<'_>) -> Result<(Restored, Ended)> {
-    let output = format!("restore-{:02}", host.boots());
-    let process = start_update(host, to, &output, update)?;
     let before = host.boots();
+    let output = format!("restore-{before:02}");
+    let process = start_update(host, to, &output, update)?;
+    await_restore(host, to, before, &process, &output)
+}
+
+/// The same of an update that was started by [`start_update`], `before` so many boots.
+pub fn await_restore(
+    host: &mut Host,
+    to: Side,
+    before: u32,
+    process: &Process,
+    output: &str,
+) -> Result<(Restored, Ended)> {
     host.wait_until("the next kernel", UPDATE_PATIENCE, |host| {
-        if host.boots() == before && host.has_ended(&process)? {
-            let said = host.wait(&process)?;
+        if host.boots() == before && host.has_ended(process)? {
+            let said = host.wait(process)?;
             bail!("`vmm update` ended without a kexec: {said}");
         }
         Ok((host.boots() > before).then_some(()))
     })?;
     host.arrived(to)?;
-    let restore = host.restore_process(&output)?;
+    let restore = host.restore_process(output)?;
     let ended = host.wait(&restore)?;
     let restored = restored(&ended)?;
     Ok((restored, ended))

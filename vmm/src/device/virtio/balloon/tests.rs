@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, SealFlags};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{Epoll, EventSet};
@@ -16,6 +17,7 @@ use crate::device::virtio::Notifier;
 use crate::device::virtio::mock::{Part, RING_SIZE, Ring, Told, notifier, readable, writable};
 use crate::device::virtio::worker::Work;
 use crate::memory::Ram;
+use crate::memory::discards::Discards;
 
 const SIZE: u64 = 16 * BLOCK;
 const PAGES: u64 = SIZE / PAGE;
@@ -223,6 +225,31 @@ fn after_a_restore_is_given_back_what_was_in_the_balloon_and_nothing_else() {
     assert_eq!(other.save(), state);
     drop(bench.work_with(ALL, queues, other.pages));
     assert_eq!(bench.discarded(), [3, 9]);
+}
+
+#[test]
+fn host_that_refuses_memory_is_asked_again_and_the_guest_does_not_notice() {
+    let mut bench = Bench::new();
+    // A file that refuses holes as the kernel does while it is preserved, which it may be for longer than RAM is held.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("refuses", flags).unwrap();
+    rustix::fs::ftruncate(&file, SIZE).unwrap();
+    rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+    let discards = Discards::new(file, bench.ram.ranges().to_vec()).unwrap();
+    assert_eq!(discards.discard(0, BLOCK).unwrap_err().raw_os_error(), Some(libc::EPERM));
+    bench.control = Arc::new(Control::new(&Arc::new(discards)).unwrap());
+    let mut work = bench.work(ALL);
+    let bytes: Vec<u8> = block(4).flat_map(|page| ((bench.address(page) / PAGE) as u32).to_le_bytes()).collect();
+    let place = bench.place(&bytes);
+    let head = bench.rings[INFLATE].offer(&[place]);
+    let report = bench.rings[REPORT].offer(&[writable(bench.base + 6 * BLOCK, BLOCK as u32)]);
+    let epoll = Epoll::new().unwrap();
+    work.handle(INFLATE as u64, EventSet::IN, &epoll);
+    work.handle(REPORT as u64, EventSet::IN, &epoll);
+    assert_eq!(bench.rings[INFLATE].used(), [(head, 0)]);
+    assert_eq!(bench.rings[REPORT].used(), [(report, 0)]);
+    work.go_on_sweeping();
+    assert!(work.is_sweeping(), "it has given up");
 }
 
 #[test]
