@@ -9,4 +9,7 @@ use aarch64 as current;
 #[cfg(target_arch = "x86_64")]
 use x86_64 as current;
 
-pub use current::{ENDS, Machine, NAME, counter, end, interrupts_off, serial_write};
+pub use current::{
+    ENDS, Machine, NAME, Processor, clock_of_first, counter, end, interrupts_off, is_off, make_startable, number, pend,
+    present, send_ipi, serial_write, stop_if_asked, switch_off, switch_on,
+};

@@ -1,5 +1,7 @@
 //! Time as the guest sees it: the counter that must not go back, the pauses in it, and the host's clock that must agree with it.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 /// Looks at the counter again and again.
 #[derive(Debug, Clone, Copy)]
 pub struct Watch {
@@ -175,6 +177,36 @@ impl DifferenceWatch {
     }
 }
 
+/// The latest reading that any CPU has told the others: none may read an earlier one after it.
+#[derive(Debug, Default)]
+pub struct Latest(AtomicU64);
+
+impl Latest {
+    /// Nothing was read yet.
+    pub const fn new() -> Self {
+        Latest(AtomicU64::new(0))
+    }
+
+    /// Reads and tells. The reading must not be moved before the loads that come before it. Besides the reading: how far it is
+    /// behind what another CPU had told before.
+    pub fn look(&self, read: impl FnOnce() -> u64) -> (u64, u64) {
+        let told = self.0.load(Ordering::SeqCst);
+        let now = read();
+        self.0.fetch_max(now, Ordering::SeqCst);
+        (now, told.saturating_sub(now))
+    }
+
+    /// Takes a reading back, however late it is: after it was found to be wrong, so that it is reported once.
+    pub fn restart(&self, now: u64) {
+        self.0.store(now, Ordering::SeqCst);
+    }
+
+    /// Pretends that another CPU was further: for the self-test.
+    pub fn pretend_ahead(&self, by: u64) {
+        self.0.fetch_add(by, Ordering::SeqCst);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,6 +269,17 @@ mod tests {
         assert_eq!(watch.look(1 << 62, (1 << 62) + 49_981, (1 << 62) + 10), Err(-9), "it has become less");
         assert_eq!(watch.look(1 << 62, (1 << 62) + 49_981, (1 << 62) + 10), Ok(()), "reported once");
         assert_eq!(watch.look(100, 50_100, 110), Err(9), "it has become more");
+    }
+
+    #[test]
+    fn reading_behind_another_processors_is_noticed() {
+        let latest = Latest::new();
+        assert_eq!(latest.look(|| 100), (100, 0));
+        assert_eq!(latest.look(|| 100), (100, 0), "the same is not earlier");
+        assert_eq!(latest.look(|| 93), (93, 7));
+        assert_eq!(latest.look(|| 99), (99, 1), "what was told stays told");
+        latest.restart(99);
+        assert_eq!(latest.look(|| 99), (99, 0));
     }
 
     #[test]

@@ -1,16 +1,20 @@
 //! Writes the protocol's lines: each is put together first and goes out in one piece.
 
 use core::fmt::{self, Write};
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use guest_kernel::protocol::Report;
 
-use crate::arch;
+use crate::{arch, processors};
 
 /// After so many lines about damage the guest has made its point; more would only bury the first.
 const DAMAGE_LINES: u32 = 100;
 
+/// For how many turns one CPU waits until another has said its line: one that stands still must not silence the others.
+const TURNS: u32 = 10_000_000;
+
 static DAMAGE: AtomicU32 = AtomicU32::new(0);
+static BUSY: AtomicBool = AtomicBool::new(false);
 
 /// Writes a line.
 pub fn report(report: &Report<'_>) {
@@ -18,13 +22,20 @@ pub fn report(report: &Report<'_>) {
     // An overlong line is cut: the buffer swallows what does not fit and never fails.
     let _ = write!(line, "{report}");
     line.bytes[line.length] = b'\n';
-    arch::serial_write(&line.bytes[..=line.length]);
+    // An interrupt in the midst of it might write a line of its own.
+    arch::interrupts_off(|| {
+        let is_free = || BUSY.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok();
+        let _ = (0..TURNS).any(|_| is_free());
+        arch::serial_write(&line.bytes[..=line.length]);
+        BUSY.store(false, Ordering::Release);
+    });
 }
 
 /// Writes a line about damage.
 pub fn damage(what: &str, details: fmt::Arguments<'_>) {
     if DAMAGE.fetch_add(1, Ordering::Relaxed) < DAMAGE_LINES {
-        report(&Report::Damage { what, details });
+        let vcpu = (processors::count() > 1).then(arch::number);
+        report(&Report::Damage { what, details, vcpu });
     }
 }
 

@@ -8,5 +8,6 @@ pub mod options;
 pub mod pattern;
 pub mod protocol;
 pub mod ranges;
+pub mod ring;
 pub mod scrub;
 pub mod tick;

@@ -6,7 +6,12 @@ mod arch;
 mod console;
 mod irq_cell;
 mod kept;
+mod live;
 mod oracle;
+mod others;
+mod processors;
+mod storm;
+mod time;
 
 use guest_kernel::options::End;
 

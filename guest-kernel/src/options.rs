@@ -72,9 +72,29 @@ pub enum SelfTest {
     Image,
     /// An exception nobody expects.
     Exception,
+    /// An interrupt from one CPU to another is lost.
+    Ipi,
+    /// An interrupt from one CPU to another comes twice.
+    IpiTwice,
+    /// The counter is behind what another CPU has read before.
+    Behind,
+    /// A CPU stands still.
+    Processor,
     /// No damage: the guest does not look at the time for a second.
     Pause,
 }
+
+/// What the CPUs do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Load {
+    /// They check all there is.
+    Checks,
+    /// They do nothing but interrupt each other and themselves, wherever they are, and check what an interrupt could harm.
+    IpiStorm,
+}
+
+/// The most CPUs that are used.
+pub const MOST_CPUS: usize = 64;
 
 /// Both of the architectures that there is an oracle for.
 const BOTH: &[&str] = &["x86_64", "aarch64"];
@@ -83,7 +103,7 @@ const AARCH64: &[&str] = &["aarch64"];
 
 impl SelfTest {
     /// All of them, with the words that name them and the architectures on which there is something to break.
-    const ALL: [(&'static str, SelfTest, &'static [&'static str]); 23] = [
+    const ALL: [(&'static str, SelfTest, &'static [&'static str]); 27] = [
         ("ram", SelfTest::Ram, BOTH),
         ("register", SelfTest::Register, BOTH),
         ("x87", SelfTest::X87, X86_64),
@@ -106,6 +126,10 @@ impl SelfTest {
         ("uart", SelfTest::Uart, BOTH),
         ("image", SelfTest::Image, BOTH),
         ("exception", SelfTest::Exception, BOTH),
+        ("ipi", SelfTest::Ipi, BOTH),
+        ("ipi-twice", SelfTest::IpiTwice, BOTH),
+        ("behind", SelfTest::Behind, BOTH),
+        ("processor", SelfTest::Processor, BOTH),
         ("pause", SelfTest::Pause, BOTH),
     ];
 
@@ -114,6 +138,11 @@ impl SelfTest {
     pub fn offered_on(architecture: &str) -> impl Iterator<Item = (&'static str, SelfTest)> {
         let offered = move |architectures: &[&str]| architectures.contains(&architecture);
         Self::ALL.into_iter().filter_map(move |(word, what, on)| offered(on).then_some((word, what)))
+    }
+
+    /// Whether it takes more than one CPU.
+    pub fn takes_processors(self) -> bool {
+        matches!(self, SelfTest::Ipi | SelfTest::IpiTwice | SelfTest::Behind | SelfTest::Processor)
     }
 
     /// The word that names it.
@@ -146,6 +175,12 @@ pub struct Options {
     pub self_test: Option<SelfTest>,
     /// `apic=xapic`: use the memory-mapped interrupt controller even where registers are offered.
     pub memory_mapped_apic: bool,
+    /// `cpus=N`: use so many of the CPUs there are, and leave the others switched off; without it all are used.
+    pub cpus: Option<usize>,
+    /// `load=checks|ipi-storm`.
+    pub load: Load,
+    /// `hotplug=on`: the last CPU is switched off and on again and again.
+    pub hotplug: bool,
 }
 
 impl Default for Options {
@@ -161,6 +196,9 @@ impl Default for Options {
             end: End::PowerOff,
             self_test: None,
             memory_mapped_apic: false,
+            cpus: None,
+            load: Load::Checks,
+            hotplug: false,
         }
     }
 }
@@ -192,6 +230,24 @@ impl Options {
                     options.memory_mapped_apic = match value {
                         "xapic" => true,
                         "auto" => false,
+                        _ => return Err(word),
+                    }
+                }
+                "cpus" => {
+                    let cpus = number(value).and_then(|value| usize::try_from(value).ok());
+                    options.cpus = Some(cpus.filter(|cpus| (1..=MOST_CPUS).contains(cpus)).ok_or(word)?);
+                }
+                "load" => {
+                    options.load = match value {
+                        "checks" => Load::Checks,
+                        "ipi-storm" => Load::IpiStorm,
+                        _ => return Err(word),
+                    }
+                }
+                "hotplug" => {
+                    options.hotplug = match value {
+                        "on" => true,
+                        "off" => false,
                         _ => return Err(word),
                     }
                 }
@@ -229,7 +285,7 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let line = "console=ttyS0 quiet stride=64 pause_ms=500 tick_ms=10 clock_ms=100 clock_ppm=2000 lost_ms=2000 lines=20 end=triple-fault \
-                    selftest=msr apic=xapic";
+                    selftest=msr apic=xapic cpus=3 load=ipi-storm hotplug=on";
         let expected = Options {
             stride: 64,
             pause_ms: 500,
@@ -241,6 +297,9 @@ mod tests {
             end: End::TripleFault,
             self_test: Some(SelfTest::Msr),
             memory_mapped_apic: true,
+            cpus: Some(3),
+            load: Load::IpiStorm,
+            hotplug: true,
         };
         assert_eq!(Options::parse(line), Ok(expected));
     }
@@ -257,6 +316,10 @@ mod tests {
             "selftest=cpu",
             "apic=2",
             "tick_ms=0",
+            "cpus=0",
+            "cpus=65",
+            "load=heavy",
+            "hotplug=1",
         ] {
             assert_eq!(Options::parse(word), Err(word));
         }

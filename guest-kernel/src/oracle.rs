@@ -1,14 +1,17 @@
 //! The main loop: a slice of scrubbing, a while of holding live registers, a look at everything else, and round again.
 
-use guest_kernel::clock::{ClockFault, ClockLimits, ClockWatch, Look, Watch};
-use guest_kernel::options::{End, Options, SelfTest};
-use guest_kernel::protocol::Report;
+use guest_kernel::options::{End, Load, MOST_CPUS, Options, SelfTest};
+use guest_kernel::protocol::{Processors, Report};
 use guest_kernel::ranges::Ranges;
 use guest_kernel::scrub::{Memory, PassEnd, Scrubber};
 use guest_kernel::tick::{TickFault, TickWatch};
 
 use crate::arch::{self, Machine};
 use crate::console::{damage, report};
+use crate::live::Live;
+use crate::others::{self, Others};
+use crate::processors::{self, Settings};
+use crate::time::Seen;
 
 /// How long a slice of scrubbing takes; the rest of a round, up to a tick, goes to the registers.
 const SLICE_MS: u64 = 10;
@@ -40,7 +43,20 @@ pub fn run(boot: &Boot) -> ! {
     {
         refuse(what.name());
     }
-    let mut oracle = Oracle::new(boot, options);
+    let cpus = options.cpus.unwrap_or_else(arch::present).min(MOST_CPUS);
+    if cpus > arch::present() {
+        refuse("cpus");
+    }
+    if options.hotplug && cpus < 2 {
+        refuse("hotplug");
+    }
+    if let Some(what) = options.self_test
+        && what.takes_processors()
+        && cpus < 2
+    {
+        refuse(what.name());
+    }
+    let mut oracle = Oracle::new(boot, options, cpus);
     loop {
         oracle.round();
     }
@@ -55,28 +71,59 @@ pub fn refuse(word: &str) -> ! {
 struct Oracle {
     options: Options,
     khz: u64,
-    machine: Machine,
+    live: Live,
+    around: Around,
     ram: PhysicalMemory,
     scrubber: Scrubber,
     mismatches: u64,
-    watch: Watch,
-    clock: Option<ClockWatch>,
-    clock_start: u64,
-    ticks: TickWatch,
-    watchdog: Option<TickWatch>,
     self_test: Option<SelfTest>,
-    rounds: u64,
     beats: u64,
     next_beat: u64,
+}
+
+/// What the first CPU watches besides itself.
+struct Around {
+    khz: u64,
+    machine: Machine,
+    others: Option<Others>,
+    watchdog: Option<TickWatch>,
     pauses: u64,
     paused: bool,
 }
 
+impl Around {
+    /// To be called after each look at the time.
+    fn look(&mut self, seen: Seen) {
+        if let Some(ms) = seen.paused {
+            self.pauses += 1;
+            self.paused = true;
+            report(&Report::Pause { n: self.pauses, ms, told: self.machine.told_of_pause() });
+        }
+        if let (Some(watch), Some(found)) = (&mut self.watchdog, self.machine.watchdog()) {
+            match watch.look(found, seen.ran) {
+                Ok(()) => {}
+                Err(TickFault::Lost { waited }) => {
+                    self.machine.revive_watchdog();
+                    damage("watchdog", format_args!("lost=1 waited_ms={}", waited / self.khz));
+                }
+                Err(TickFault::Broken { found, before }) => damage(
+                    "watchdog",
+                    format_args!("count={} link={:#x} before={}", found.count, found.link, before.count),
+                ),
+            }
+        }
+        if let Some(others) = &mut self.others {
+            others.look(seen.ran);
+        }
+    }
+}
+
 impl Oracle {
-    fn new(boot: &Boot, options: Options) -> Self {
-        let machine = Machine::start(&options);
-        let khz = machine.khz();
-        let lost = options.lost_ms * khz;
+    fn new(boot: &Boot, options: Options, cpus: usize) -> Self {
+        let (machine, processor) = Machine::start(&options);
+        let khz = processor.khz();
+        let settings = Settings { options, khz, count: cpus };
+        let others = (cpus > 1).then(|| Others::start(&settings));
         report(&Report::Start {
             details: format_args!(
                 "arch={} memory_mib={} free_mib={} stride={} tick_ms={} khz={khz} {}",
@@ -85,46 +132,36 @@ impl Oracle {
                 boot.free.bytes() >> 20,
                 options.stride,
                 options.tick_ms,
-                machine.features()
+                machine.features(&processor)
             ),
         });
-        let first_clock = machine.clock();
-        let limits = ClockLimits { total_ms: options.clock_ms, drift_ppm: options.clock_ppm };
-        let now = arch::counter();
+        let watchdog = machine.watchdog().map(|seen| TickWatch::new(seen, options.lost_ms * khz));
+        let around = Around { khz, machine, others, watchdog, pauses: 0, paused: false };
         Oracle {
             khz,
+            live: Live::new(processor, &settings),
+            around,
             ram: PhysicalMemory,
             scrubber: Scrubber::new(&boot.free, options.stride),
             mismatches: 0,
-            watch: Watch::new(khz, now, options.pause_ms),
-            clock: first_clock.map(|(counter, ns)| ClockWatch::new(khz, counter, ns, limits)),
-            clock_start: first_clock.map_or(0, |(_, ns)| ns),
-            ticks: TickWatch::new(machine.ticks(), lost),
-            watchdog: machine.watchdog().map(|seen| TickWatch::new(seen, lost)),
             self_test: options.self_test,
-            rounds: 0,
             beats: 0,
-            next_beat: now + 1000 * khz,
-            pauses: 0,
-            paused: false,
-            machine,
+            next_beat: arch::counter() + 1000 * khz,
             options,
         }
     }
 
     fn round(&mut self) {
-        self.rounds += 1;
-        self.scrub();
-        // Both of the states a CPU can be frozen in get their share: running and halted.
-        self.machine.hold_registers(self.rounds.is_multiple_of(2));
-        self.look();
-        self.machine.check_live();
-        if core::mem::take(&mut self.paused) {
-            self.machine.check_everything();
-        } else {
-            self.machine.check_in_turn(self.rounds);
+        if self.options.load == Load::Checks {
+            self.scrub();
         }
-        self.look_at_clock();
+        let Oracle { live, around, .. } = self;
+        live.interrupts(|seen| around.look(seen));
+        let paused = core::mem::take(&mut around.paused);
+        live.check(paused);
+        if paused {
+            around.machine.check();
+        }
         if self.look() >= self.next_beat {
             self.beat();
         }
@@ -160,70 +197,23 @@ impl Oracle {
 
     /// Looks at the counter and at all that depends on it. Gives the counter.
     fn look(&mut self) -> u64 {
-        let now = arch::counter();
-        let ran = match self.watch.look(now) {
-            Look::Ran(counts) => counts,
-            Look::Paused(ms) => {
-                self.pauses += 1;
-                self.paused = true;
-                report(&Report::Pause { n: self.pauses, ms, told: self.machine.told_of_pause() });
-                0
-            }
-            Look::Back(counts) => {
-                damage("tsc", format_args!("back={counts} now={now}"));
-                0
-            }
-        };
-        match self.ticks.look(self.machine.ticks(), ran) {
-            Ok(()) => {}
-            Err(TickFault::Lost { waited }) => {
-                let (mode, timer) = (self.machine.timer_mode().name(), self.machine.timer());
-                damage("tick", format_args!("lost=1 mode={mode} waited_ms={} {timer}", waited / self.khz));
-                self.machine.revive_ticks();
-            }
-            Err(TickFault::Broken { found, before }) => {
-                damage("tick", format_args!("count={} link={:#x} before={}", found.count, found.link, before.count));
-            }
-        }
-        if let (Some(watch), Some(found)) = (&mut self.watchdog, self.machine.watchdog()) {
-            match watch.look(found, ran) {
-                Ok(()) => {}
-                Err(TickFault::Lost { waited }) => {
-                    self.machine.revive_watchdog();
-                    damage("watchdog", format_args!("lost=1 waited_ms={}", waited / self.khz));
-                }
-                Err(TickFault::Broken { found, before }) => damage(
-                    "watchdog",
-                    format_args!("count={} link={:#x} before={}", found.count, found.link, before.count),
-                ),
-            }
-        }
-        now
-    }
-
-    fn look_at_clock(&mut self) {
-        if let (Some(watch), Some((counter, ns))) = (&mut self.clock, self.machine.clock()) {
-            match watch.look(counter, ns) {
-                Ok(()) => {}
-                Err(ClockFault::Back(ns)) => damage("clock", format_args!("back_ns={ns}")),
-                Err(ClockFault::Jumped(us)) => damage("clock", format_args!("jumped_us={us}")),
-                Err(ClockFault::Diverged(us)) => damage("clock", format_args!("diverged_us={us}")),
-            }
-        }
+        let seen = self.live.look();
+        self.around.look(seen);
+        seen.now
     }
 
     fn beat(&mut self) {
-        self.machine.check_every_second();
-        let clock_ms = match self.machine.clock() {
-            Some((_, ns)) => ns.saturating_sub(self.clock_start) / 1_000_000,
-            None => self.watch.elapsed_ms(),
-        };
+        self.live.processor.check_every_second();
+        self.around.machine.check();
+        let cpus = processors::count();
+        let cycles = self.around.others.as_ref().and_then(Others::cycles);
         report(&Report::Beat {
             n: self.beats,
-            ticks: self.machine.ticks().count,
+            ticks: self.live.processor.ticks().count,
             passes: self.scrubber.passes(),
             sum: self.scrubber.sum(),
-            clock_ms,
+            clock_ms: self.live.time.elapsed_ms(&self.live.processor),
+            processors: (cpus > 1).then(|| Processors { cpus, ipis: processors::ipis(), cycles }),
         });
         self.beats += 1;
         // After a pause of some seconds the lines that were due in it are not made up for.
@@ -249,18 +239,23 @@ impl Oracle {
                 let value = self.ram.read(address);
                 self.ram.write(address, value ^ 1 << 40);
             }
-            SelfTest::Tsc => self.watch.pretend_ahead(60_000 * self.khz),
+            SelfTest::Tsc => self.live.time.pretend_counter_ahead(60_000 * self.khz),
             SelfTest::Clock => {
-                if let Some(clock) = &mut self.clock {
-                    clock.pretend_ahead(1_000_000_000);
-                }
-                self.machine.strike(what);
+                self.live.time.pretend_clock_ahead(1_000_000_000);
+                self.live.processor.strike(what);
             }
+            SelfTest::Ipi => self.live.ring.strike_lose(),
+            SelfTest::IpiTwice => self.live.ring.strike_double(),
+            SelfTest::Behind => processors::COUNTER.pretend_ahead(60_000 * self.khz),
+            SelfTest::Processor => others::strike(),
             SelfTest::Pause => {
                 let until = arch::counter() + 1000 * self.khz;
                 while arch::counter() < until {}
             }
-            other => self.machine.strike(other),
+            other => {
+                self.live.processor.strike(other);
+                self.around.machine.strike(other);
+            }
         }
     }
 }

@@ -9,6 +9,8 @@
 //! DAMAGE msr name=lstar expected=0x… found=0x…                 something is not as it was left
 //! ```
 //!
+//! With more than one CPU a line has `cpus=` and `ipis=` besides, and damage says by `vcpu=N` which CPU has found it.
+//!
 //! A Linux guest's init speaks the same shape, with `LINUX` for `ORACLE`. So do the loads inside such a guest, with `LOAD`; their
 //! lines have `of=NAME` besides, and each load counts its own lines and pauses.
 
@@ -75,6 +77,8 @@ pub enum Report<'a> {
         sum: u64,
         /// Guest time since the start: by kvmclock where there is one, else by the counter.
         clock_ms: u64,
+        /// What there is to say where there is more than one CPU.
+        processors: Option<Processors>,
     },
     /// The guest saw that it had not run for a while.
     Pause {
@@ -98,22 +102,43 @@ pub enum Report<'a> {
         what: &'a str,
         /// `key=value` pairs.
         details: fmt::Arguments<'a>,
+        /// Which CPU has found it, where there is more than one.
+        vcpu: Option<usize>,
     },
+}
+
+/// What a sign of life says of all CPUs together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Processors {
+    /// How many are in use.
+    pub cpus: usize,
+    /// Interrupts from one to another that have arrived since the start.
+    pub ipis: u64,
+    /// How often one was switched on again, where that is asked for.
+    pub cycles: Option<u64>,
 }
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Report::Start { details } => write!(formatter, "{ORACLE} {START} version={VERSION} {details}"),
-            Report::Beat { n, ticks, passes, sum, clock_ms } => write!(
-                formatter,
-                "{ORACLE} {LINE} n={n} ticks={ticks} passes={passes} sum={sum:#018x} clock_ms={clock_ms}"
-            ),
+            Report::Beat { n, ticks, passes, sum, clock_ms, processors } => {
+                write!(
+                    formatter,
+                    "{ORACLE} {LINE} n={n} ticks={ticks} passes={passes} sum={sum:#018x} clock_ms={clock_ms}"
+                )?;
+                let Some(Processors { cpus, ipis, cycles }) = processors else { return Ok(()) };
+                write!(formatter, " cpus={cpus} ipis={ipis}")?;
+                cycles.map_or(Ok(()), |cycles| write!(formatter, " cycles={cycles}"))
+            }
             Report::Pause { n, ms, told } => {
                 write!(formatter, "{ORACLE} {PAUSE} n={n} ms={ms} told={}", u8::from(*told))
             }
             Report::End { lines, how } => write!(formatter, "{ORACLE} {END} lines={lines} how={how}"),
-            Report::Damage { what, details } => write!(formatter, "{DAMAGE} {what} {details}"),
+            Report::Damage { what, details, vcpu } => {
+                write!(formatter, "{DAMAGE} {what} {details}")?;
+                vcpu.map_or(Ok(()), |vcpu| write!(formatter, " vcpu={vcpu}"))
+            }
         }
     }
 }
@@ -249,13 +274,20 @@ mod tests {
 
     #[test]
     fn beat_reads_back_as_written() {
-        let text = Report::Beat { n: 7, ticks: 350, passes: 3, sum: 0xabc, clock_ms: 7003 }.to_string();
+        let beat = |processors| Report::Beat { n: 7, ticks: 350, passes: 3, sum: 0xabc, clock_ms: 7003, processors };
+        let text = beat(None).to_string();
         let Some(Line::Beat { speaker: Speaker::Oracle, n: 7, details }) = Line::parse(&text) else { panic!("{text}") };
         assert_eq!(details.number("ticks"), Some(350));
         assert_eq!(details.number("passes"), Some(3));
         assert_eq!(details.number("sum"), Some(0xabc));
         assert_eq!(details.number("clock_ms"), Some(7003));
-        assert_eq!(details.number("absent"), None);
+        assert_eq!(details.number("cpus"), None);
+        for cycles in [None, Some(5)] {
+            let text = beat(Some(Processors { cpus: 4, ipis: 800, cycles })).to_string();
+            let Some(Line::Beat { n: 7, details, .. }) = Line::parse(&text) else { panic!("{text}") };
+            let found = ["cpus", "ipis", "cycles"].map(|key| details.number(key));
+            assert_eq!(found, [Some(4), Some(800), cycles], "{text}");
+        }
     }
 
     #[test]
@@ -272,13 +304,18 @@ mod tests {
 
     #[test]
     fn damage_keeps_its_detail() {
-        let text =
-            Report::Damage { what: "msr", details: format_args!("name=lstar expected=0x1 found=0x2") }.to_string();
+        let damage = |vcpu| {
+            Report::Damage { what: "msr", details: format_args!("name=lstar expected=0x1 found=0x2"), vcpu }.to_string()
+        };
+        let text = damage(None);
         let line = Line::parse(&text).unwrap();
         assert!(line.is_damage());
         let Line::Damage { what: "msr", details } = line else { panic!("{text}") };
         assert_eq!((details.value("name"), details.number("found")), (Some("lstar"), Some(2)));
         assert_eq!(details.text(), "name=lstar expected=0x1 found=0x2");
+        let text = damage(Some(3));
+        let Some(Line::Damage { details, .. }) = Line::parse(&text) else { panic!("{text}") };
+        assert_eq!(details.number("vcpu"), Some(3));
     }
 
     #[test]

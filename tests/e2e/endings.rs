@@ -35,7 +35,9 @@ fn the_oracle_notices_every_damage_it_does_to_itself(architecture: Architecture)
     Host::with(HostConfig::new("self-test", architecture, 1024)?, |host| {
         for (name, what) in SelfTest::offered_on(architecture.name()) {
             let append = format!("selftest={name} lost_ms=1000");
-            let mut running = Guest::oracle(&format!("breaks-{name}"), 32).with(&append).start(host)?;
+            let cpus = if what.takes_processors() { "2" } else { "1" };
+            let guest = Guest::oracle(&format!("breaks-{name}"), 32).with(&append).option("cpus", cpus);
+            let mut running = guest.start(host)?;
             if what == SelfTest::Pause {
                 running.await_beats(host, 4)?;
                 ensure!(!running.log.pauses.is_empty(), "the oracle slept through its own pause");

@@ -1,4 +1,4 @@
-//! aarch64: booted as Linux's `Image`, EL1, identity-mapped, one CPU.
+//! aarch64: booted as Linux's `Image`, EL1, identity-mapped.
 
 mod boot;
 mod checks;
@@ -11,6 +11,7 @@ mod interrupts;
 mod its;
 mod memory;
 mod platform;
+mod processors;
 mod registers;
 mod simd;
 mod system;
@@ -18,9 +19,10 @@ mod timer;
 
 use guest_kernel::options::End;
 
-pub use checks::Machine;
-pub use cpu::{counter, interrupts_off};
+pub use checks::{Machine, Processor, clock_of_first};
+pub use cpu::{counter, interrupts_off, pend};
 pub use platform::{end, serial_write};
+pub use processors::{is_off, make_startable, number, present, send_ipi, stop_if_asked, switch_off, switch_on};
 
 /// The architecture's name in the protocol.
 pub const NAME: &str = "aarch64";

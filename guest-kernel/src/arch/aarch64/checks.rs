@@ -1,4 +1,4 @@
-//! The machine as the oracle's main loop sees it: everything set up, in order, and everything looked at.
+//! The machine and each of its CPUs as the main loops see them: everything set up, in order, and everything looked at.
 
 use core::fmt;
 
@@ -9,43 +9,41 @@ use guest_kernel::tick::{Chain, Mode, Ticks};
 use super::debug::Debug;
 use super::devicetree::BOARD;
 use super::gic::Gic;
-use super::interrupts::CHAIN;
+use super::interrupts::CHAINS;
 use super::its::Its;
 use super::platform::Platform;
 use super::registers::{self, Registers};
 use super::simd::Simd;
 use super::system::System;
-use super::{counter, cpu, gic, timer};
+use super::{counter, cpu, gic, number, present, timer};
 use crate::console::damage;
 use crate::oracle::refuse;
+use crate::processors;
 
 /// In how many rounds the checks that cost an exit each have their turn.
 const TURNS: u64 = 8;
 
-/// See the file's comment.
-pub struct Machine {
+/// What a CPU has to itself.
+pub struct Processor {
     khz: u64,
     registers: Registers,
     simd: Simd,
     system: System,
     debug: Debug,
     gic: Gic,
-    its: Option<Its>,
-    platform: Platform,
     difference: DifferenceWatch,
     next_row: usize,
     next_kept: usize,
 }
 
-impl Machine {
-    /// Sets everything up and lets the ticks begin.
-    pub fn start(options: &Options) -> Self {
-        let Some(board) = BOARD.with(|board| *board) else { super::end(End::PowerOff) };
+impl Processor {
+    /// Sets this CPU up and lets its ticks begin.
+    pub fn start(options: &Options, _khz: Option<u64>) -> Self {
+        let Some(board) = BOARD.get() else { super::end(End::PowerOff) };
         let khz = timer::khz();
         let simd = Simd::new();
         let mut gic = Gic::new(&board);
-        let platform = Platform::new(board.serial);
-        CHAIN.with(|chain| {
+        CHAINS[number()].with(|chain| {
             let chain = chain.insert(Chain::new(khz, options.tick_ms, options.pause_ms, timer::MODES, counter()));
             let arm = chain.revive(counter());
             timer::arm(chain.mode(), arm, chain.interval());
@@ -53,35 +51,19 @@ impl Machine {
         timer::start_watchdog(4 * options.lost_ms * khz);
         cpu::interrupts_on();
         gic.finish();
-        let its = board.its.map(|address| Its::new(address, &mut gic));
         let debug = Debug::new();
-        // Last, as all that is kept has to be final.
-        let system = System::new();
-        let machine = Machine {
+        Processor {
             khz,
-            registers: Registers::default(),
+            registers: Registers::new(),
             simd,
-            system,
+            // Last, as all that is kept has to be final.
+            system: System::new(),
             debug,
             gic,
-            its,
-            platform,
             difference: DifferenceWatch::new(counter(), cpu::physical_counter(), counter()),
             next_row: 0,
             next_kept: 0,
-        };
-        let refused = match options.self_test {
-            Some(SelfTest::Sve) => !machine.simd.has_sve(),
-            Some(SelfTest::Lpi) => machine.its.is_none(),
-            Some(SelfTest::Uart) => !machine.platform.has_serial(),
-            _ => false,
-        };
-        if let Some(what) = options.self_test
-            && refused
-        {
-            refuse(what.name());
         }
-        machine
     }
 
     /// The counter's frequency.
@@ -89,14 +71,9 @@ impl Machine {
         self.khz
     }
 
-    /// What there is to be checked, as pairs.
-    pub fn features(&self) -> Features<'_> {
-        Features(self)
-    }
-
     /// The ticks so far.
     pub fn ticks(&self) -> Ticks {
-        CHAIN.with(|chain| chain.as_ref().map(Chain::ticks).unwrap_or_default())
+        CHAINS[number()].with(|chain| chain.as_ref().map(Chain::ticks).unwrap_or_default())
     }
 
     /// The timer's state, as pairs.
@@ -106,12 +83,12 @@ impl Machine {
 
     /// The timer's mode.
     pub fn timer_mode(&self) -> Mode {
-        CHAIN.with(|chain| chain.as_ref().map_or(Mode::OneShot, Chain::mode))
+        CHAINS[number()].with(|chain| chain.as_ref().map_or(Mode::OneShot, Chain::mode))
     }
 
     /// Starts the ticks anew after one was lost.
     pub fn revive_ticks(&mut self) {
-        CHAIN.with(|chain| {
+        CHAINS[number()].with(|chain| {
             if let Some(chain) = chain {
                 let arm = chain.revive(counter());
                 timer::arm(chain.mode(), arm, chain.interval());
@@ -119,22 +96,9 @@ impl Machine {
         });
     }
 
-    /// The second timer does not tick: see timer.rs.
-    pub fn watchdog(&self) -> Option<Ticks> {
-        None
-    }
-
-    /// Nothing to start anew.
-    pub fn revive_watchdog(&mut self) {}
-
     /// There is no clock here besides the counters.
     pub fn clock(&self) -> Option<(u64, u64)> {
         None
-    }
-
-    /// Nobody tells.
-    pub fn told_of_pause(&self) -> bool {
-        false
     }
 
     /// Holds values in all general registers until there is an interrupt.
@@ -191,13 +155,9 @@ impl Machine {
         self.debug.check();
         self.debug.check_hits();
         self.gic.check_own();
-        if let Some(its) = &mut self.its {
-            its.check();
-        }
-        self.platform.check();
     }
 
-    /// Breaks something of the machine.
+    /// Breaks something of the CPU.
     pub fn strike(&mut self, what: SelfTest) {
         match what {
             SelfTest::Register => registers::strike(),
@@ -211,6 +171,70 @@ impl Machine {
             SelfTest::Clock => self.difference.pretend_apart(1_000_000_000),
             SelfTest::Gic => self.gic.strike(),
             SelfTest::Sgi => self.gic.strike_own(),
+            SelfTest::Exception => cpu::undefined_instruction(),
+            // The main loop's own, the machine's, and those of other architectures.
+            _ => {}
+        }
+    }
+}
+
+/// What the CPUs share.
+pub struct Machine {
+    its: Option<Its>,
+    platform: Platform,
+}
+
+impl Machine {
+    /// Sets everything up, with the first CPU.
+    pub fn start(options: &Options) -> (Self, Processor) {
+        let Some(board) = BOARD.get() else { super::end(End::PowerOff) };
+        let platform = Platform::new(board.serial);
+        let mut processor = Processor::start(options, None);
+        let its = board.its.map(|address| Its::new(address, &mut processor.gic));
+        let machine = Machine { its, platform };
+        let refused = match options.self_test {
+            Some(SelfTest::Sve) => !processor.simd.has_sve(),
+            Some(SelfTest::Lpi) => machine.its.is_none(),
+            Some(SelfTest::Uart) => !machine.platform.has_serial(),
+            _ => false,
+        };
+        if let Some(what) = options.self_test
+            && refused
+        {
+            refuse(what.name());
+        }
+        (machine, processor)
+    }
+
+    /// What there is to be checked, as pairs.
+    pub fn features<'a>(&'a self, processor: &'a Processor) -> Features<'a> {
+        Features(self, processor)
+    }
+
+    /// The second timer does not tick: see timer.rs.
+    pub fn watchdog(&self) -> Option<Ticks> {
+        None
+    }
+
+    /// Nothing to start anew.
+    pub fn revive_watchdog(&mut self) {}
+
+    /// Nobody tells.
+    pub fn told_of_pause(&self) -> bool {
+        false
+    }
+
+    /// What is looked at once per second, and after each pause.
+    pub fn check(&mut self) {
+        if let Some(its) = &mut self.its {
+            its.check();
+        }
+        self.platform.check();
+    }
+
+    /// Breaks something of it.
+    pub fn strike(&mut self, what: SelfTest) {
+        match what {
             SelfTest::Lpi => {
                 if let Some(its) = &mut self.its {
                     its.strike();
@@ -218,11 +242,14 @@ impl Machine {
             }
             SelfTest::Uart => self.platform.strike_serial(),
             SelfTest::Image => Platform::strike_image(),
-            SelfTest::Exception => cpu::undefined_instruction(),
-            // The main loop's own, and those of other architectures.
             _ => {}
         }
     }
+}
+
+/// There is no clock here besides the counters.
+pub fn clock_of_first() -> Option<(u64, u64)> {
+    None
 }
 
 struct Timer;
@@ -235,12 +262,13 @@ impl fmt::Display for Timer {
 }
 
 /// What [`Machine::features`] gives.
-pub struct Features<'a>(&'a Machine);
+pub struct Features<'a>(&'a Machine, &'a Processor);
 
 impl fmt::Display for Features<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (machine, yes) = (self.0, u8::from);
-        let [breakpoints, watchpoints] = machine.debug.has_hits();
+        let Features(machine, processor) = self;
+        let yes = u8::from;
+        let [breakpoints, watchpoints] = processor.debug.has_hits();
         write!(
             formatter,
             "uart={} its={} breakpoints={} watchpoints={} vector_bits={} sve={} sysregs={} gic={} difference={}",
@@ -248,11 +276,15 @@ impl fmt::Display for Features<'_> {
             yes(machine.its.is_some()),
             yes(breakpoints),
             yes(watchpoints),
-            machine.simd.bits(),
-            yes(machine.simd.has_sve()),
-            machine.system.len(),
-            machine.gic.len(),
-            machine.difference.precision(),
-        )
+            processor.simd.bits(),
+            yes(processor.simd.has_sve()),
+            processor.system.len(),
+            processor.gic.len(),
+            processor.difference.precision(),
+        )?;
+        match processors::count() {
+            1 => Ok(()),
+            count => write!(formatter, " cpus={count} present={}", present()),
+        }
     }
 }

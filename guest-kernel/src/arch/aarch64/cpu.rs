@@ -31,9 +31,9 @@ pub(super) use {read_register, write_register};
 #[inline(always)]
 pub fn counter() -> u64 {
     let value;
-    // The barrier keeps the reading behind what comes before it.
+    // The barriers keep the reading behind what comes before it, the loads of what other CPUs have read among it.
     // SAFETY: reads a counter.
-    unsafe { asm!("isb", "mrs {}, cntvct_el0", out(reg) value, options(nomem, nostack)) };
+    unsafe { asm!("dsb ishld", "isb", "mrs {}, cntvct_el0", out(reg) value, options(nostack)) };
     value
 }
 
@@ -63,6 +63,21 @@ pub fn interrupts_on() {
     unsafe { asm!("msr daifclr, #15", options(nostack)) };
 }
 
+/// Holds interrupts back for so many turns, the last of them halted where that is asked for: what has come meanwhile wakes the
+/// CPU, and is then let through.
+pub fn pend(turns: u64, halted: bool) {
+    interrupts_off(|| {
+        for turn in 0..turns {
+            // Not the hint for such loops: a hypervisor may want to hear of it.
+            core::hint::black_box(turn);
+        }
+        if halted {
+            // SAFETY: waits for an interrupt, and a tick is due.
+            unsafe { asm!("wfi", options(nostack)) };
+        }
+    });
+}
+
 /// Stops for good.
 pub fn halt() -> ! {
     loop {
@@ -77,11 +92,29 @@ pub fn synchronize() {
     unsafe { asm!("dsb sy", "isb", options(nostack)) };
 }
 
-/// The call to the firmware (PSCI 1.0, DEN0022) that ends the machine. It comes back only where there is no such firmware.
+/// A call to the firmware (PSCI 1.0, DEN0022).
+pub fn firmware(function: u64, arguments: [u64; 3]) -> u64 {
+    let [first, second, third] = arguments;
+    let result;
+    // SAFETY: it starts or stops CPUs, or gives an error. The convention (SMCCC) lets it change x0 to x17.
+    unsafe {
+        asm!(
+            "hvc #0",
+            inout("x0") function => result,
+            in("x1") first,
+            in("x2") second,
+            in("x3") third,
+            clobber_abi("C"),
+            options(nostack)
+        );
+    };
+    result
+}
+
+/// The call that ends the machine. It comes back only where there is no such firmware.
 pub fn firmware_end(how: End) {
     let function: u64 = if how == End::Reset { 0x8400_0009 } else { 0x8400_0008 };
-    // SAFETY: ends the machine, or gives an error in x0. The convention (SMCCC) lets it change x0 to x17.
-    unsafe { asm!("hvc #0", inout("x0") function => _, clobber_abi("C"), options(nostack)) };
+    firmware(function, [0; 3]);
 }
 
 /// An instruction that no processor has.

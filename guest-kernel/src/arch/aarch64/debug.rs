@@ -4,18 +4,20 @@
 use core::arch::global_asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use guest_kernel::options::MOST_CPUS;
+
 use super::cpu::{read_register, write_register};
 use super::exceptions::Frame;
-use super::system;
+use super::{number, system};
 use crate::console::damage;
 
 /// Pages of their own: an emulator slows down all accesses to a page with a watchpoint.
 #[repr(C, align(4096))]
-struct Watched([AtomicU64; 512]);
+struct Watched([[AtomicU64; 128]; MOST_CPUS]);
 
-static WATCHED: Watched = Watched([const { AtomicU64::new(0) }; 512]);
-static HITS: AtomicU64 = AtomicU64::new(0);
-static EXPECTED: AtomicU64 = AtomicU64::new(0);
+static WATCHED: Watched = Watched([const { [const { AtomicU64::new(0) }; 128] }; MOST_CPUS]);
+static HITS: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
+static EXPECTED: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
 
 /// MDSCR_EL1: monitor debug events, at EL1 too.
 const MONITOR: u64 = 1 << 15 | 1 << 13;
@@ -65,7 +67,7 @@ impl Debug {
         write_register!("oslar_el1", 0);
         let features = read_register!("id_aa64dfr0_el1");
         let count = |shift: u32| (features >> shift & 0xf) as usize + 1;
-        let word = |index: usize| (&raw const WATCHED.0[index * 8]).addr() as u64;
+        let word = |index: usize| (&raw const WATCHED.0[number()][index * 8]).addr() as u64;
         let mut debug = Debug { breakpoints: [None; 16], watchpoints: [None; 16], monitor: 0, hits: [false; 2] };
         for (index, known) in debug.breakpoints.iter_mut().take(count(12)).enumerate() {
             let values = match index {
@@ -118,7 +120,7 @@ impl Debug {
         let provoke: [(&str, fn()); 2] = [("breakpoint", breakpoint), ("watchpoint", touch)];
         for ((name, provoke), arrives) in provoke.into_iter().zip(self.hits) {
             if !is_hit(provoke) && arrives {
-                damage("watchpoint", format_args!("missing={name} hits={}", HITS.load(Ordering::Relaxed)));
+                damage("watchpoint", format_args!("missing={name} hits={}", HITS[number()].load(Ordering::Relaxed)));
             }
         }
     }
@@ -137,11 +139,11 @@ fn set(pair: &Pair, values: [u64; 2]) -> [u64; 2] {
 }
 
 fn is_hit(provoke: fn()) -> bool {
-    let before = HITS.load(Ordering::SeqCst);
-    EXPECTED.store(before + 1, Ordering::SeqCst);
+    let before = HITS[number()].load(Ordering::SeqCst);
+    EXPECTED[number()].store(before + 1, Ordering::SeqCst);
     provoke();
-    let arrived = HITS.load(Ordering::SeqCst) == before + 1;
-    EXPECTED.store(before, Ordering::SeqCst);
+    let arrived = HITS[number()].load(Ordering::SeqCst) == before + 1;
+    EXPECTED[number()].store(before, Ordering::SeqCst);
     arrived
 }
 
@@ -150,7 +152,7 @@ fn breakpoint() {
 }
 
 fn touch() {
-    WATCHED.0[0].store(1, Ordering::SeqCst);
+    WATCHED.0[number()][0].store(1, Ordering::SeqCst);
 }
 
 // A page of its own, too: an emulator takes all code of a page with a breakpoint one instruction at a time.
@@ -176,9 +178,9 @@ pub fn hit(frame: &mut Frame, syndrome: u64, address: u64) -> bool {
         return false;
     }
     let place = if class == BREAKPOINT { frame.elr } else { address };
-    let expected = [breakpoint_target as *const () as u64, (&raw const WATCHED.0[0]).addr() as u64];
-    let hits = HITS.fetch_add(1, Ordering::SeqCst) + 1;
-    if hits != EXPECTED.load(Ordering::SeqCst) || !expected.contains(&place) {
+    let expected = [breakpoint_target as *const () as u64, (&raw const WATCHED.0[number()][0]).addr() as u64];
+    let hits = HITS[number()].fetch_add(1, Ordering::SeqCst) + 1;
+    if hits != EXPECTED[number()].load(Ordering::SeqCst) || !expected.contains(&place) {
         damage("watchpoint", format_args!("unexpected=1 esr={syndrome:#x} pc={:#x} far={address:#x}", frame.elr));
     }
     frame.elr += 4;

@@ -6,6 +6,7 @@ use dtoolkit::fdt::{Fdt, FdtNode};
 use dtoolkit::{Node, Property};
 use guest_kernel::ranges::{Range, Ranges};
 
+use super::processors;
 use crate::irq_cell::IrqCell;
 
 /// What serial port there is. Both kinds take a byte to send at their first address.
@@ -61,6 +62,11 @@ pub fn read(address: u64) -> Result<Found, &'static str> {
         if name == "memory" {
             for range in registers(node) {
                 found.memory.add(range);
+            }
+        } else if name == "cpus" {
+            for cpu in node.children().filter(|child| child.name_without_address() == "cpu") {
+                let number = cpu.reg().ok().flatten().and_then(|mut entries| entries.next());
+                number.and_then(|entry| entry.address::<u64>().ok()).into_iter().for_each(processors::add);
             }
         } else if name == "chosen" {
             found.command_line = node.property("bootargs").and_then(|property| property.value_as().ok()).unwrap_or("");

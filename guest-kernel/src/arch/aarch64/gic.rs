@@ -2,9 +2,12 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use guest_kernel::options::MOST_CPUS;
+use guest_kernel::ring::LANES;
+
 use super::cpu::{self, read_register, write_register};
 use super::devicetree::Board;
-use super::timer;
+use super::{number, timer};
 use crate::console::damage;
 
 /// What is acknowledged when nothing is pending.
@@ -13,8 +16,13 @@ pub const NONE: u32 = 1023;
 pub const OWN: u32 = 1;
 /// One that is sent while it is disabled, and stays pending.
 const PENDING: u32 = 2;
+/// The first of those from one CPU to the next.
+pub const IPI: u32 = 4;
+/// The last of them.
+pub const LAST_IPI: u32 = IPI + LANES as u32 - 1;
 /// One that is taken and never ended, so that the CPU has an active priority all the time.
 pub const PARKED: u32 = 15;
+const IPIS: u32 = ((1 << LANES) - 1) << IPI;
 /// Private interrupts without a device: one pending, one active.
 const PRIVATE_PENDING: u32 = 18;
 const PRIVATE_ACTIVE: u32 = 19;
@@ -52,8 +60,8 @@ const BINARY_POINT: u64 = 5;
 /// The waits for an interrupt that has been sent are counted in turns, not in time, so that a pause does not shorten them.
 const TURNS: u32 = 100_000;
 
-static OWN_TAKEN: AtomicU64 = AtomicU64::new(0);
-static PARKED_TAKEN: AtomicU64 = AtomicU64::new(0);
+static OWN_TAKEN: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
+static PARKED_TAKEN: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
 
 /// A register in memory that is to keep the bits of the mask.
 #[derive(Clone, Copy)]
@@ -84,14 +92,18 @@ impl Gic {
             count: 0,
             own_lost: false,
         };
-        cpu::write_u32(gic.distributor + GICD_CTLR, AFFINITY_ROUTING);
-        gic.wait();
-        cpu::write_u32(gic.distributor + GICD_CTLR, AFFINITY_ROUTING | GROUP_1);
-        gic.wait();
+        if number() == 0 {
+            cpu::write_u32(gic.distributor + GICD_CTLR, AFFINITY_ROUTING);
+            gic.wait();
+            cpu::write_u32(gic.distributor + GICD_CTLR, AFFINITY_ROUTING | GROUP_1);
+            gic.wait();
+        }
         cpu::write_u32(gic.redistributor + GICR_WAKER, 0);
         while cpu::read_u32(gic.redistributor + GICR_WAKER) & 4 != 0 {}
         gic.set_private();
-        gic.set_shared();
+        if number() == 0 {
+            gic.set_shared();
+        }
         write_register!("icc_sre_el1", 7);
         write_register!("icc_bpr1_el1", BINARY_POINT);
         write_register!("icc_ctlr_el1", 0);
@@ -108,7 +120,7 @@ impl Gic {
         }
         // KVM's controller comes with the first 16 enabled.
         cpu::write_u32(own + ICENABLER, u32::MAX);
-        cpu::write_u32(own + ISENABLER, 1 << timer::TICK | 1 << timer::WATCHDOG | 1 << OWN | 1 << PARKED);
+        cpu::write_u32(own + ISENABLER, 1 << timer::TICK | 1 << timer::WATCHDOG | 1 << OWN | 1 << PARKED | IPIS);
         cpu::write_u32(own + ISPENDR, 1 << PRIVATE_PENDING | 1 << PENDING);
         cpu::write_u32(own + ISACTIVER, 1 << PRIVATE_ACTIVE);
     }
@@ -140,23 +152,12 @@ impl Gic {
 
     /// The rest, with interrupts on: one is parked, and all that is to be kept is remembered.
     pub fn finish(&mut self) {
-        send(PARKED);
-        arrives(&PARKED_TAKEN, 0);
-        let (distributor, own) = (self.distributor, self.redistributor + SGI_FRAME);
-        for offset in [GICD_CTLR, GICD_TYPER, GICD_IIDR, PIDR2] {
-            self.keep("distributor", distributor, offset, u32::MAX);
+        send(own_affinity(), PARKED);
+        arrives(&PARKED_TAKEN[number()], 0);
+        if number() == 0 {
+            self.keep_shared();
         }
-        for word in 1..if self.has_shared() { 3 } else { 1 } {
-            for (offset, bytes) in [(IGROUPR, 4), (ISENABLER, 4), (ISPENDR, 4), (ISACTIVER, 4)] {
-                self.keep("distributor", distributor, offset + word * bytes, u32::MAX);
-            }
-            for (offset, words) in [(IPRIORITYR, 8), (ICFGR, 2)] {
-                for number in 0..words {
-                    self.keep("distributor", distributor, offset + (word * words + number) * 4, u32::MAX);
-                }
-            }
-            self.keep("distributor", distributor, IROUTER + word * 32 * 8, u32::MAX);
-        }
+        let own = self.redistributor + SGI_FRAME;
         let redistributor = self.redistributor;
         for offset in [GICR_IIDR, GICR_TYPER, GICR_TYPER + 4, GICR_WAKER, PIDR2] {
             self.keep("redistributor", redistributor, offset, u32::MAX);
@@ -171,6 +172,24 @@ impl Gic {
         let ours = 1 << PENDING | 1 << PRIVATE_PENDING | 1 << PRIVATE_ACTIVE | 1 << PARKED;
         self.keep("private", own, ISPENDR, ours);
         self.keep("private", own, ISACTIVER, ours);
+    }
+
+    fn keep_shared(&mut self) {
+        let distributor = self.distributor;
+        for offset in [GICD_CTLR, GICD_TYPER, GICD_IIDR, PIDR2] {
+            self.keep("distributor", distributor, offset, u32::MAX);
+        }
+        for word in 1..if self.has_shared() { 3 } else { 1 } {
+            for (offset, bytes) in [(IGROUPR, 4), (ISENABLER, 4), (ISPENDR, 4), (ISACTIVER, 4)] {
+                self.keep("distributor", distributor, offset + word * bytes, u32::MAX);
+            }
+            for (offset, words) in [(IPRIORITYR, 8), (ICFGR, 2)] {
+                for number in 0..words {
+                    self.keep("distributor", distributor, offset + (word * words + number) * 4, u32::MAX);
+                }
+            }
+            self.keep("distributor", distributor, IROUTER + word * 32 * 8, u32::MAX);
+        }
     }
 
     /// Remembers what a register holds now.
@@ -225,11 +244,11 @@ impl Gic {
 
     /// Sends an interrupt to itself, which must arrive.
     pub fn check_own(&mut self) {
-        let before = OWN_TAKEN.load(Ordering::SeqCst);
+        let before = OWN_TAKEN[number()].load(Ordering::SeqCst);
         if !core::mem::take(&mut self.own_lost) {
-            send(OWN);
+            send(own_affinity(), OWN);
         }
-        if !arrives(&OWN_TAKEN, before) {
+        if !arrives(&OWN_TAKEN[number()], before) {
             damage("sgi", format_args!("lost=1 taken={before}"));
         }
     }
@@ -265,12 +284,13 @@ fn own_redistributor(first: u64) -> u64 {
     }
 }
 
-/// Sends one of the first 16 interrupts to this CPU.
-fn send(id: u32) {
-    let own = own_affinity();
-    let list = 1 << (own & 0xf);
-    let range = (own >> 4 & 0xf) << 44;
-    let affinity = (own >> 8 & 0xff) << 16 | (own >> 16 & 0xff) << 32 | (own >> 32) << 48;
+/// Sends one of the first 16 interrupts to a CPU.
+pub fn send(to: u64, id: u32) {
+    let list = 1 << (to & 0xf);
+    let range = (to >> 4 & 0xf) << 44;
+    let affinity = (to >> 8 & 0xff) << 16 | (to >> 16 & 0xff) << 32 | (to >> 32) << 48;
+    // What was written before is seen by whoever is interrupted.
+    cpu::synchronize();
     write_register!("icc_sgi1r_el1", list | range | affinity | u64::from(id) << 24);
 }
 
@@ -301,12 +321,12 @@ pub fn end_of_interrupt(id: u32) {
 
 /// The CPU's interrupt to itself has come.
 pub fn own_taken() {
-    OWN_TAKEN.fetch_add(1, Ordering::SeqCst);
+    OWN_TAKEN[number()].fetch_add(1, Ordering::SeqCst);
 }
 
 /// The interrupt that is never ended has come, which it may once.
 pub fn park() {
-    if PARKED_TAKEN.fetch_add(1, Ordering::SeqCst) > 0 {
+    if PARKED_TAKEN[number()].fetch_add(1, Ordering::SeqCst) > 0 {
         damage("interrupt", format_args!("intid={PARKED} parked=1"));
     }
 }

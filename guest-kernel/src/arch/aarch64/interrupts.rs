@@ -1,16 +1,17 @@
 //! What happens when the CPU is interrupted: ticks, expected interrupts, and damage.
 
-use guest_kernel::options::End;
+use guest_kernel::options::{End, MOST_CPUS};
 use guest_kernel::tick::Chain;
 
 use super::cpu::{counter, read_register};
 use super::exceptions::Frame;
-use super::{debug, gic, its, registers, timer};
+use super::{debug, gic, its, number, registers, timer};
 use crate::console::damage;
 use crate::irq_cell::IrqCell;
+use crate::processors;
 
-/// The tick chain, once it is set up.
-pub static CHAIN: IrqCell<Option<Chain>> = IrqCell::new(None);
+/// The tick chain of each CPU, once it is set up.
+pub static CHAINS: [IrqCell<Option<Chain>>; MOST_CPUS] = [const { IrqCell::new(None) }; MOST_CPUS];
 
 /// Called by the vectors, with interrupts off.
 pub extern "C" fn handle(frame: &mut Frame) {
@@ -38,7 +39,7 @@ fn interrupt(frame: &mut Frame) {
     match gic::acknowledge() {
         timer::TICK => {
             let now = counter();
-            CHAIN.with(|chain| {
+            CHAINS[number()].with(|chain| {
                 let Some(chain) = chain else { return };
                 let mode = chain.mode();
                 let fired = chain.fired(now);
@@ -57,6 +58,10 @@ fn interrupt(frame: &mut Frame) {
         gic::OWN => {
             gic::own_taken();
             gic::end_of_interrupt(gic::OWN);
+        }
+        id @ gic::IPI..=gic::LAST_IPI => {
+            processors::ipi_taken(u64::from(id - gic::IPI));
+            gic::end_of_interrupt(id);
         }
         gic::PARKED => gic::park(),
         gic::NONE => {}

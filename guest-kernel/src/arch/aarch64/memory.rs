@@ -7,7 +7,7 @@ use guest_kernel::options::End;
 use guest_kernel::ranges::{Range, Ranges};
 
 use super::cpu::{self, write_register};
-use super::devicetree;
+use super::{devicetree, processors};
 use crate::console::damage;
 use crate::kept;
 use crate::oracle::Boot;
@@ -27,12 +27,13 @@ pub const DEVICE_BLOCK: u64 = 0x0060_0000_0000_0c01;
 pub const RAM_BLOCK: u64 = 0x0040_0000_0000_0f05;
 const TABLE: u64 = 3;
 /// An address space of its own, so that nothing cached from the first tables is taken for these.
-const ADDRESS_SPACE: u64 = 0x5a << 48;
+pub const ADDRESS_SPACE: u64 = 0x5a << 48;
 
 #[repr(C, align(4096))]
-struct Table([AtomicU64; ENTRIES]);
+pub struct Table([AtomicU64; ENTRIES]);
 
-static ROOT: Table = Table([const { AtomicU64::new(0) }; ENTRIES]);
+/// The top level.
+pub static ROOT: Table = Table([const { AtomicU64::new(0) }; ENTRIES]);
 
 /// Reads what the loader left, makes the page tables, and says what RAM is free. From then on nothing of the loader's is used.
 pub fn read_devicetree(address: u64) -> Boot {
@@ -42,7 +43,8 @@ pub fn read_devicetree(address: u64) -> Boot {
     });
     let command_line = kept::keep_command_line(found.command_line.bytes());
     let ram = found.memory;
-    let used_end = map(&ram, kept::image().end);
+    let tables_end = map(&ram, kept::image().end);
+    let used_end = processors::take_stacks(tables_end);
     let mut free = ram.clone();
     free.remove(Range { start: kept::image().start, end: used_end });
     // What the tables cannot reach stays out of use.

@@ -2,22 +2,19 @@
 
 use guest_kernel::options::End;
 
+use super::cpu;
 use super::devicetree::{BOARD, Serial};
-use super::{cpu, interrupts_off};
 use crate::kept::{self, compare};
 
 const SCRATCH: u64 = 7;
 
-/// Writes a line in one piece.
+/// Writes a line in one piece. Interrupts are off.
 pub fn serial_write(bytes: &[u8]) {
-    let Some(board) = BOARD.with(|board| *board) else { return };
+    let Some(board) = BOARD.get() else { return };
     let (Serial::Ns16550(address) | Serial::Pl011(address)) = board.serial;
-    // An interrupt in the midst of it might write a line of its own.
-    interrupts_off(|| {
-        for byte in bytes {
-            cpu::write_u8(address, *byte);
-        }
-    });
+    for byte in bytes {
+        cpu::write_u8(address, *byte);
+    }
 }
 
 /// Ends the machine.

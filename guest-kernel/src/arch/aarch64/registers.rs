@@ -2,11 +2,14 @@
 //! interrupt, which then sends it on: not one register is left that could be used to wait for it.
 
 use core::arch::naked_asm;
+use core::mem::offset_of;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use guest_kernel::options::MOST_CPUS;
 use guest_kernel::pattern::scramble;
 
 use super::exceptions::Frame;
+use super::number;
 use crate::console::damage;
 
 const GENERAL: usize = 31;
@@ -17,21 +20,34 @@ const COUNT: usize = 33;
 const ZERO: u64 = 1 << 30;
 const OTHER_FLAGS: u64 = 0b1011 << 28;
 
-static PATTERN: [AtomicU64; COUNT] = [const { AtomicU64::new(0) }; COUNT];
-static FOUND: [AtomicU64; COUNT] = [const { AtomicU64::new(0) }; COUNT];
+/// What a CPU needs while its registers are held: it keeps the address on its stack, and finds it with what is found.
+#[repr(C)]
+struct Hold {
+    pattern: [AtomicU64; COUNT],
+    found: [AtomicU64; COUNT],
+}
+
+static HOLDS: [Hold; MOST_CPUS] =
+    [const { Hold { pattern: [const { AtomicU64::new(0) }; COUNT], found: [const { AtomicU64::new(0) }; COUNT] } };
+        MOST_CPUS];
 static STRIKE: AtomicBool = AtomicBool::new(false);
 
 /// What the checks need to know.
-#[derive(Default)]
 pub struct Registers {
     rounds: u64,
 }
 
 impl Registers {
+    /// Each CPU begins with other values.
+    pub fn new() -> Self {
+        Registers { rounds: (number() as u64) << 32 }
+    }
+
     /// Holds values in all registers until there is an interrupt, and looks at them.
     pub fn hold(&mut self, halted: bool) {
         self.rounds += 1;
-        for (index, pattern) in PATTERN.iter().enumerate() {
+        let own = &HOLDS[number()];
+        for (index, pattern) in own.pattern.iter().enumerate() {
             let value = scramble(self.rounds * 64 + index as u64);
             let value = match index {
                 FLAGS => value & OTHER_FLAGS | if halted { ZERO } else { 0 },
@@ -39,9 +55,9 @@ impl Registers {
             };
             pattern.store(value, Ordering::Relaxed);
         }
-        hold();
+        hold(own);
         let mode = if halted { "halted" } else { "running" };
-        for (index, (expected, found)) in PATTERN.iter().zip(&FOUND).enumerate() {
+        for (index, (expected, found)) in own.pattern.iter().zip(&own.found).enumerate() {
             let (expected, found) = (expected.load(Ordering::Relaxed), found.load(Ordering::Relaxed));
             if expected != found {
                 let details = format_args!("expected={expected:#018x} found={found:#018x} cpu={mode}");
@@ -78,16 +94,15 @@ unsafe extern "C" {
 
 /// Loads the registers, waits, stores them.
 #[unsafe(naked)]
-extern "C" fn hold() {
+extern "C" fn hold(own: &Hold) {
     naked_asm!(
-        "stp x29, x30, [sp, #-96]!",
+        "stp x29, x30, [sp, #-112]!",
         "stp x19, x20, [sp, #16]",
         "stp x21, x22, [sp, #32]",
         "stp x23, x24, [sp, #48]",
         "stp x25, x26, [sp, #64]",
         "stp x27, x28, [sp, #80]",
-        "adrp x0, {pattern}",
-        "add x0, x0, :lo12:{pattern}",
+        "str x0, [sp, #96]",
         "ldp x1, x2, [x0, #248]",
         "msr sp_el0, x1",
         "msr nzcv, x2",
@@ -118,8 +133,8 @@ extern "C" fn hold() {
         "hold_over:",
         "msr spsel, #1",
         "stp x0, x1, [sp, #-16]!",
-        "adrp x0, {found}",
-        "add x0, x0, :lo12:{found}",
+        "ldr x0, [sp, #112]",
+        "add x0, x0, #{found}",
         "stp x2, x3, [x0, #16]",
         "stp x4, x5, [x0, #32]",
         "stp x6, x7, [x0, #48]",
@@ -145,9 +160,8 @@ extern "C" fn hold() {
         "ldp x23, x24, [sp, #48]",
         "ldp x25, x26, [sp, #64]",
         "ldp x27, x28, [sp, #80]",
-        "ldp x29, x30, [sp], #96",
+        "ldp x29, x30, [sp], #112",
         "ret",
-        pattern = sym PATTERN,
-        found = sym FOUND,
+        found = const offset_of!(Hold, found),
     )
 }

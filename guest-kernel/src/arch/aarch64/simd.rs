@@ -6,6 +6,7 @@ use core::arch::asm;
 use guest_kernel::pattern::scramble;
 
 use super::cpu::{read_register, write_register};
+use super::number;
 use crate::console::damage;
 
 const REGISTERS: usize = 32;
@@ -49,13 +50,15 @@ impl Simd {
             SIMD
         };
         let empty = || Area { vectors: [0; _], predicates: [0; _], first_fault: [0; _] };
+        // Each CPU has other values.
+        let own = (number() as u64) << 32;
         let mut simd = Simd { expected: empty(), found: empty(), size };
         for (index, byte) in simd.expected.vectors[..REGISTERS * size].iter_mut().enumerate() {
-            *byte = scramble(index as u64) as u8;
+            *byte = scramble(index as u64 | own) as u8;
         }
         if simd.has_sve() {
             for (index, byte) in simd.expected.predicates[..PREDICATES * size / 8].iter_mut().enumerate() {
-                *byte = scramble(!(index as u64)) as u8;
+                *byte = scramble(!(index as u64 | own)) as u8;
             }
             // All the elements before the first fault, and none after it: another value is not allowed.
             simd.expected.first_fault[..size / 16].fill(0xff);

@@ -1,7 +1,7 @@
 //! System registers: those that are given a value of ours, those that only have to keep theirs, and those that say what the CPU is.
 
 use super::cpu::{read_register, write_register};
-use super::memory;
+use super::{memory, number};
 use crate::console::damage;
 
 /// A system register.
@@ -103,6 +103,13 @@ fn has_pointer_authentication() -> bool {
     first >> 4 & 0xff != 0 || second >> 12 & 0xf != 0
 }
 
+/// How a value differs on this CPU, so that none is taken for another's. Translation is the same on all.
+fn own(register: &Register) -> u64 {
+    let differs =
+        register.name.starts_with("tpidr") || register.name.starts_with("ap") || register.name == "contextidr_el1";
+    if differs { (number() as u64) << 16 } else { 0 }
+}
+
 type Row = [fn() -> u64; 8];
 
 /// The identification registers with this CRm, of which those that are not assigned read as zero.
@@ -158,7 +165,7 @@ impl System {
         for (known, register) in registers.iter_mut().zip(&REGISTERS) {
             if (register.present)() {
                 if let Some(value) = register.value {
-                    (register.write)(value);
+                    (register.write)(value ^ own(register));
                 }
                 // A CPU may keep fewer bits than were written; it has to keep those.
                 *known = Some((register.read)());

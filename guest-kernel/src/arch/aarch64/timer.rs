@@ -6,9 +6,11 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use guest_kernel::options::MOST_CPUS;
 use guest_kernel::tick::{Arm, Mode};
 
 use super::cpu::{interrupts_off, physical_counter, read_register, write_register};
+use super::number;
 use crate::console::damage;
 
 /// The interrupts of the virtual and the physical timer.
@@ -47,8 +49,8 @@ pub fn state() -> (u64, u64) {
 
 /// The second timer: how long it is put off, and until when it has been.
 static DELAY: AtomicU64 = AtomicU64::new(0);
-static DUE: AtomicU64 = AtomicU64::new(0);
-static FIRED: AtomicBool = AtomicBool::new(false);
+static DUE: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
+static FIRED: [AtomicBool; MOST_CPUS] = [const { AtomicBool::new(false) }; MOST_CPUS];
 
 /// Starts the second timer, with so many counts between the last tick and the wake-up.
 pub fn start_watchdog(delay: u64) {
@@ -60,26 +62,26 @@ pub fn start_watchdog(delay: u64) {
 /// Puts the second timer off.
 pub fn put_off_watchdog() {
     let due = physical_counter() + DELAY.load(Ordering::Relaxed);
-    DUE.store(due, Ordering::Relaxed);
+    DUE[number()].store(due, Ordering::Relaxed);
     write_register!("cntp_cval_el0", due);
 }
 
 /// The second timer has come, and is put off again.
 pub fn watchdog_fired() {
-    FIRED.store(true, Ordering::Relaxed);
+    FIRED[number()].store(true, Ordering::Relaxed);
     put_off_watchdog();
 }
 
 /// Whether the second timer has come; asking clears it.
 pub fn take_watchdog_fired() -> bool {
-    FIRED.swap(false, Ordering::Relaxed)
+    FIRED[number()].swap(false, Ordering::Relaxed)
 }
 
 /// Compares the second timer with what it was set to, and puts right what is wrong.
 pub fn check_watchdog() {
     // A tick in between would set it anew.
     interrupts_off(|| {
-        let (due, compare) = (DUE.load(Ordering::Relaxed), read_register!("cntp_cval_el0"));
+        let (due, compare) = (DUE[number()].load(Ordering::Relaxed), read_register!("cntp_cval_el0"));
         // Bit 2 says that it is due.
         let control = read_register!("cntp_ctl_el0") & !4;
         if (control, compare) != (ENABLE, due) {

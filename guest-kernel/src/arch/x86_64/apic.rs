@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use guest_kernel::tick::{Arm, Mode};
 
 use super::interrupts::{SPURIOUS, TICK};
-use super::{counter, cpu, cpuid};
+use super::{counter, cpu, cpuid, interrupts_off};
 
 const APIC_BASE: u32 = 0x1b;
 const ENABLE: u64 = 1 << 11;
@@ -23,6 +23,8 @@ const END_OF_INTERRUPT: u32 = 0xb0;
 const SPURIOUS_VECTOR: u32 = 0xf0;
 const IN_SERVICE: u32 = 0x100;
 const REQUESTED: u32 = 0x200;
+const COMMAND: u32 = 0x300;
+const COMMAND_TARGET: u32 = 0x310;
 const LVT_TIMER: u32 = 0x320;
 const LVT_LINT0: u32 = 0x350;
 const LVT_LINT1: u32 = 0x360;
@@ -35,6 +37,7 @@ const DIVIDE: u32 = 0x3e0;
 /// never written: QEMU's emulation of nested virtualization dies of that when an interrupt is pending.
 const PRIORITY: u32 = 0x10;
 const MASKED: u32 = 1 << 16;
+const SENDING: u32 = 1 << 12;
 const DIVIDE_BY_ONE: u32 = 0b1011;
 
 static BY_REGISTERS: AtomicBool = AtomicBool::new(false);
@@ -75,6 +78,22 @@ fn write(register: u32, value: u32) {
     }
     // SAFETY: the controller's page, mapped uncached.
     unsafe { ptr::with_exposed_provenance_mut::<u32>(LOCAL + register as usize).write_volatile(value) }
+}
+
+/// Interrupts another CPU: the lower half of the command register says how.
+pub fn command(target: u32, command: u32) {
+    if is_by_registers() {
+        // Unlike a store to the controller's page, it may overtake the stores before it.
+        core::sync::atomic::fence(Ordering::SeqCst);
+        return cpu::write_msr(0x830, u64::from(target) << 32 | u64::from(command));
+    }
+    interrupts_off(|| {
+        write(COMMAND_TARGET, target << 24);
+        write(COMMAND, command);
+        while read(COMMAND) & SENDING != 0 {
+            core::hint::spin_loop();
+        }
+    });
 }
 
 /// The names of the registers that nobody changes once the kernel runs.
@@ -168,9 +187,14 @@ pub fn read_redirection(pin: u32) -> u32 {
     unsafe { ptr::with_exposed_provenance::<u32>(IO + 0x10).read_volatile() }
 }
 
+/// This CPU's number among the controllers.
+pub fn id() -> u32 {
+    if is_by_registers() { read(ID) } else { read(ID) >> 24 }
+}
+
 /// Sends a pin to this CPU: an edge, active high.
 pub fn redirect(pin: u32, vector: u8) {
-    let id = if is_by_registers() { read(ID) } else { read(ID) >> 24 };
+    let id = id();
     write_io(0, 0x11 + 2 * pin);
     write_io(0x10, id << 24);
     write_io(0, 0x10 + 2 * pin);

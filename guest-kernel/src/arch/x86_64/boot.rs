@@ -5,7 +5,12 @@ use core::arch::global_asm;
 use super::{memory, tables};
 use crate::irq_cell::IrqCell;
 
-const STACK: usize = 64 << 10;
+/// The size of a CPU's main stack.
+pub const STACK: usize = 64 << 10;
+/// The descriptors of 64-bit code and of data, accessed already, so that the CPU never writes to the table.
+pub const CODE: u64 = 0x00af_9b00_0000_ffff;
+/// See [`CODE`].
+pub const DATA: u64 = 0x00cf_9300_0000_ffff;
 
 #[repr(C, align(16))]
 struct Stack([u8; STACK]);
@@ -70,8 +75,11 @@ global_asm!(
     "push eax",
     "retf",
     "boot_gdt_pointer:",
-    ".word 23",
-    ".long {gdt}",
+    ".word 31",
+    ".long boot_gdt",
+    ".balign 8",
+    "boot_gdt:",
+    ".quad 0, {code}, {data}, 0x00cf9b000000ffff", // the last is 32-bit code, on the way of other CPUs
     ".code64",
     "long_mode:",
     "mov eax, 16",
@@ -90,7 +98,8 @@ global_asm!(
     root = sym memory::ROOT,
     pointers = sym memory::POINTERS,
     directories = sym memory::DIRECTORIES,
-    gdt = sym tables::GDT,
+    code = const CODE,
+    data = const DATA,
     stack = sym BOOT_STACK,
     stack_size = const STACK,
     main = sym main,

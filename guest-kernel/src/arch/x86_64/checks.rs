@@ -1,4 +1,4 @@
-//! The machine as the oracle's main loop sees it: everything set up, in order, and everything looked at.
+//! The machine and each of its CPUs as the main loops see them: everything set up, in order, and everything looked at.
 
 use core::fmt;
 
@@ -6,24 +6,25 @@ use guest_kernel::options::{Options, SelfTest};
 use guest_kernel::tick::{Chain, Mode, Ticks};
 
 use super::cpuid::Snapshot;
-use super::interrupts::{CHAIN, WATCHDOG_TICKS};
+use super::interrupts::{CHAINS, WATCHDOG_TICKS};
 use super::platform::Platform;
 use super::registers::{self, Registers};
 use super::system::System;
 use super::vectors::Vectors;
 use super::watchpoints::{self, Watchpoints};
-use super::{apic, counter, cpu, cpuid, platform, pvclock, timer};
+use super::{apic, counter, cpu, cpuid, number, platform, present, pvclock, timer};
+use crate::kept::compare;
+use crate::processors;
 
 /// In how many rounds the checks that cost an exit each have their turn.
 const TURNS: u64 = 8;
 /// The local timer's modes; the last is not on every CPU.
 static ALL_MODES: [Mode; 3] = [Mode::OneShot, Mode::Periodic, Mode::Deadline];
 
-/// See the file's comment.
-pub struct Machine {
+/// What a CPU has to itself.
+pub struct Processor {
     khz: u64,
     has_clock: bool,
-    has_watchdog: bool,
     has_deadline: bool,
     registers: Registers,
     vectors: Vectors,
@@ -31,45 +32,42 @@ pub struct Machine {
     system: System,
     cpuid: Snapshot,
     next_leaf: usize,
-    platform: Platform,
+    apic: [u32; 6],
 }
 
-impl Machine {
-    /// Sets everything up and lets the ticks begin.
-    pub fn start(options: &Options) -> Self {
-        platform::mask_pics();
+impl Processor {
+    /// Sets this CPU up and lets its ticks begin. The first one finds out the counter's frequency.
+    pub fn start(options: &Options, khz: Option<u64>) -> Self {
         let vectors = Vectors::new();
         let has_clock = pvclock::start();
-        let khz = timer::khz(has_clock);
+        let is_first = khz.is_none();
+        let khz = khz.unwrap_or_else(|| timer::khz(has_clock));
         apic::start(cpuid::has_x2apic() && !options.memory_mapped_apic);
-        apic::measure_timer(khz, options.tick_ms);
+        if is_first {
+            apic::measure_timer(khz, options.tick_ms);
+        }
         let registers = Registers::new(khz);
         let has_deadline = cpuid::has_deadline_timer();
         let system = System::new(has_clock);
-        timer::start_watchdog();
-        let platform = Platform::new();
         let watchpoints = Watchpoints::new();
-        CHAIN.with(|chain| {
+        CHAINS[number()].with(|chain| {
             let modes = if has_deadline { &ALL_MODES } else { &ALL_MODES[..2] };
             let new = Chain::new(khz, options.tick_ms, options.pause_ms, modes, counter());
             apic::arm(chain.insert(new).revive(counter()));
         });
         cpu::interrupts_on();
-        let has_watchdog = timer::is_ticking(khz);
-        // Last, as all control registers that CPUID repeats have to be final.
-        let cpuid = Snapshot::new();
-        Machine {
+        Processor {
             khz,
             has_clock,
-            has_watchdog,
             has_deadline,
             registers,
             vectors,
             watchpoints,
             system,
-            cpuid,
+            // Last, as all control registers that CPUID repeats have to be final.
+            cpuid: Snapshot::new(),
             next_leaf: 0,
-            platform,
+            apic: apic::read_constant_registers(),
         }
     }
 
@@ -78,14 +76,9 @@ impl Machine {
         self.khz
     }
 
-    /// What there is to be checked, as pairs.
-    pub fn features(&self) -> Features<'_> {
-        Features(self)
-    }
-
     /// The ticks so far.
     pub fn ticks(&self) -> Ticks {
-        CHAIN.with(|chain| chain.as_ref().map(Chain::ticks).unwrap_or_default())
+        CHAINS[number()].with(|chain| chain.as_ref().map(Chain::ticks).unwrap_or_default())
     }
 
     /// The timer's state, as pairs.
@@ -95,36 +88,21 @@ impl Machine {
 
     /// The timer's mode.
     pub fn timer_mode(&self) -> Mode {
-        CHAIN.with(|chain| chain.as_ref().map_or(Mode::OneShot, Chain::mode))
+        CHAINS[number()].with(|chain| chain.as_ref().map_or(Mode::OneShot, Chain::mode))
     }
 
     /// Starts the ticks anew after one was lost.
     pub fn revive_ticks(&mut self) {
-        CHAIN.with(|chain| {
+        CHAINS[number()].with(|chain| {
             if let Some(chain) = chain {
                 apic::arm(chain.revive(counter()));
             }
         });
     }
 
-    /// The ticks of the second timer so far, if there is one.
-    pub fn watchdog(&self) -> Option<Ticks> {
-        self.has_watchdog.then(|| WATCHDOG_TICKS.with(|ticks| *ticks))
-    }
-
-    /// Starts the second timer anew.
-    pub fn revive_watchdog(&mut self) {
-        timer::start_watchdog();
-    }
-
     /// The counter and the host's clock in nanoseconds, taken together.
     pub fn clock(&self) -> Option<(u64, u64)> {
         self.has_clock.then(pvclock::read)
-    }
-
-    /// Whether the host has said that the guest was stopped.
-    pub fn told_of_pause(&self) -> bool {
-        self.has_clock && pvclock::take_stopped()
     }
 
     /// Holds values in all general registers until there is an interrupt.
@@ -155,20 +133,19 @@ impl Machine {
         self.check_live();
         self.system.check_msrs();
         self.watchpoints.check();
-        self.watchpoints.check_hit();
         for number in 0..self.cpuid.len() {
             self.cpuid.check(number);
         }
-        self.platform.check();
+        self.check_every_second();
     }
 
     /// What is looked at once per second.
     pub fn check_every_second(&mut self) {
         self.watchpoints.check_hit();
-        self.platform.check();
+        compare("lapic", &apic::CONSTANT_REGISTERS, &mut self.apic, apic::read_constant_registers());
     }
 
-    /// Breaks something of the machine.
+    /// Breaks something of the CPU.
     pub fn strike(&mut self, what: SelfTest) {
         match what {
             SelfTest::Register => registers::strike(),
@@ -176,37 +153,96 @@ impl Machine {
             SelfTest::Xmm => self.vectors.strike("xmm"),
             SelfTest::Ymm => self.vectors.strike("ymm"),
             SelfTest::Tick => apic::mask_timer(),
-            SelfTest::Watchdog => timer::stop_watchdog(),
             SelfTest::Msr => System::strike_msr(),
             SelfTest::Control => System::strike_control(),
             SelfTest::Debug => watchpoints::strike(),
             SelfTest::Cpuid => self.cpuid.strike(),
-            SelfTest::Uart => Platform::strike_serial(),
-            SelfTest::Image => Platform::strike_image(),
             SelfTest::Exception => cpu::undefined_instruction(),
-            // The main loop's own, and those of other architectures.
+            // The main loop's own, the machine's, and those of other architectures.
             _ => {}
         }
     }
 }
 
+/// What the CPUs share.
+pub struct Machine {
+    has_watchdog: bool,
+    platform: Platform,
+}
+
+impl Machine {
+    /// Sets everything up, with the first CPU.
+    pub fn start(options: &Options) -> (Self, Processor) {
+        platform::mask_pics();
+        let processor = Processor::start(options, None);
+        timer::start_watchdog();
+        let platform = Platform::new();
+        (Machine { has_watchdog: timer::is_ticking(processor.khz), platform }, processor)
+    }
+
+    /// What there is to be checked, as pairs.
+    pub fn features<'a>(&'a self, processor: &'a Processor) -> Features<'a> {
+        Features(self, processor)
+    }
+
+    /// The ticks of the second timer so far, if there is one.
+    pub fn watchdog(&self) -> Option<Ticks> {
+        self.has_watchdog.then(|| WATCHDOG_TICKS.with(|ticks| *ticks))
+    }
+
+    /// Starts the second timer anew.
+    pub fn revive_watchdog(&mut self) {
+        timer::start_watchdog();
+    }
+
+    /// Whether the host has said that the guest was stopped.
+    pub fn told_of_pause(&self) -> bool {
+        cpuid::has_kvm_clock() && pvclock::take_stopped()
+    }
+
+    /// What is looked at once per second, and after each pause.
+    pub fn check(&mut self) {
+        self.platform.check();
+    }
+
+    /// Breaks something of it.
+    pub fn strike(&mut self, what: SelfTest) {
+        match what {
+            SelfTest::Watchdog => timer::stop_watchdog(),
+            SelfTest::Uart => Platform::strike_serial(),
+            SelfTest::Image => Platform::strike_image(),
+            _ => {}
+        }
+    }
+}
+
+/// The first CPU's clock, and the counter, taken together; where a CPU has one.
+pub fn clock_of_first() -> Option<(u64, u64)> {
+    cpuid::has_kvm_clock().then(pvclock::read_first)
+}
+
 /// What [`Machine::features`] gives.
-pub struct Features<'a>(&'a Machine);
+pub struct Features<'a>(&'a Machine, &'a Processor);
 
 impl fmt::Display for Features<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (machine, yes) = (self.0, u8::from);
+        let Features(machine, processor) = self;
+        let yes = u8::from;
         write!(
             formatter,
             "clock={} deadline={} x2apic={} watchdog={} hits={} avx={} avx512={} cpuid={}",
-            yes(machine.has_clock),
-            yes(machine.has_deadline),
+            yes(processor.has_clock),
+            yes(processor.has_deadline),
             yes(apic::is_by_registers()),
             yes(machine.has_watchdog),
-            yes(machine.watchpoints.has_hits()),
-            yes(machine.vectors.has(2)),
-            yes(machine.vectors.has(5)),
-            machine.cpuid.len()
-        )
+            yes(processor.watchpoints.has_hits()),
+            yes(processor.vectors.has(2)),
+            yes(processor.vectors.has(5)),
+            processor.cpuid.len()
+        )?;
+        match processors::count() {
+            1 => Ok(()),
+            count => write!(formatter, " cpus={count} present={}", present()),
+        }
     }
 }

@@ -11,7 +11,7 @@ pub fn counter() -> u64 {
     let (low, high): (u32, u32);
     // The fence keeps the reading behind the loads and stores before it.
     // SAFETY: reads a counter.
-    unsafe { asm!("lfence", "rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
+    unsafe { asm!("lfence", "rdtsc", out("eax") low, out("edx") high, options(nostack)) };
     u64::from(high) << 32 | u64::from(low)
 }
 
@@ -31,6 +31,21 @@ pub fn interrupts_off<R>(work: impl FnOnce() -> R) -> R {
 pub fn interrupts_on() {
     // SAFETY: the tables are loaded before the first caller gets here.
     unsafe { asm!("sti") };
+}
+
+/// Holds interrupts back for so many turns. Those that have come meanwhile are let through at once, or by an instruction that
+/// halts the CPU: the processor puts them off until it has begun.
+pub fn pend(turns: u64, halted: bool) {
+    interrupts_off(|| {
+        for turn in 0..turns {
+            // Not the hint for such loops: a hypervisor may want to hear of it.
+            core::hint::black_box(turn);
+        }
+        if halted {
+            // SAFETY: as in `interrupts_on`, and a tick is due.
+            unsafe { asm!("sti", "hlt") };
+        }
+    });
 }
 
 /// Stops for good.

@@ -29,6 +29,14 @@ pub fn has_kvm_clock() -> bool {
         && leaf(KVM_FEATURES, 0).eax & CLOCKSOURCE2 != 0
 }
 
+/// The number of this CPU's interrupt controller.
+pub fn initial_apic_id() -> u32 {
+    if has_x2apic() && last_of(0).is_some_and(|last| last >= 0xb) && leaf(0xb, 0).ebx != 0 {
+        return leaf(0xb, 0).edx;
+    }
+    leaf(1, 0).ebx >> 24
+}
+
 pub fn has_x2apic() -> bool {
     leaf(1, 0).ecx & 1 << 21 != 0
 }

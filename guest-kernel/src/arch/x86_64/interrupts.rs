@@ -1,28 +1,29 @@
 //! What happens when the CPU is interrupted: ticks, expected watchpoint hits, and damage.
 
-use core::sync::atomic::{AtomicU8, Ordering};
-
-use guest_kernel::options::End;
+use guest_kernel::options::{End, MOST_CPUS};
+use guest_kernel::ring::LANES;
 use guest_kernel::tick::{Chain, Ticks};
 
 use super::tables::Frame;
-use super::{apic, cpu, registers, watchpoints};
+use super::{apic, cpu, number, registers, watchpoints};
 use crate::console::damage;
 use crate::irq_cell::IrqCell;
+use crate::processors;
 
 /// The vector of the local timer.
 pub const TICK: u8 = 0x40;
 /// The vector of the platform's second timer.
 pub const WATCHDOG: u8 = 0x41;
+/// The first vector of the interrupts from one CPU to the next.
+pub const IPI: u8 = 0x48;
+const LAST_IPI: u8 = IPI + LANES as u8 - 1;
 /// The vector the local interrupt controller uses when it changes its mind.
 pub const SPURIOUS: u8 = 0xff;
 
-/// The tick chain, once it is set up.
-pub static CHAIN: IrqCell<Option<Chain>> = IrqCell::new(None);
+/// The tick chain of each CPU, once it is set up.
+pub static CHAINS: [IrqCell<Option<Chain>>; MOST_CPUS] = [const { IrqCell::new(None) }; MOST_CPUS];
 /// The second timer's ticks.
 pub static WATCHDOG_TICKS: IrqCell<Ticks> = IrqCell::new(Ticks { count: 0, link: 0 });
-/// Not zero once there was an interrupt; whoever waits for one clears it first.
-pub static EVENT: AtomicU8 = AtomicU8::new(0);
 
 /// Called by the stubs, with interrupts off.
 pub extern "sysv64" fn handle(frame: &mut Frame) {
@@ -30,7 +31,7 @@ pub extern "sysv64" fn handle(frame: &mut Frame) {
         1 => watchpoints::hit(frame.rip),
         TICK => {
             let now = cpu::counter();
-            CHAIN.with(|chain| {
+            CHAINS[number()].with(|chain| {
                 let Some(chain) = chain else { return };
                 let mode = chain.mode();
                 let fired = chain.fired(now);
@@ -41,12 +42,17 @@ pub extern "sysv64" fn handle(frame: &mut Frame) {
             });
             registers::strike_if_asked(frame);
             apic::end_of_interrupt();
-            EVENT.store(1, Ordering::Relaxed);
+            registers::wake();
         }
         WATCHDOG => {
             WATCHDOG_TICKS.with(|ticks| *ticks = ticks.next());
             apic::end_of_interrupt();
-            EVENT.store(1, Ordering::Relaxed);
+            registers::wake();
+        }
+        vector @ IPI..=LAST_IPI => {
+            processors::ipi_taken(u64::from(vector - IPI));
+            apic::end_of_interrupt();
+            registers::wake();
         }
         SPURIOUS => {}
         0..32 => {

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use guest_kernel::options::End;
 use guest_kernel::ranges::{Range, Ranges};
 
-use super::cpu;
+use super::{acpi, cpu, processors};
 use crate::console::damage;
 use crate::kept;
 use crate::oracle::Boot;
@@ -23,11 +23,15 @@ const TABLE: u64 = 0x23;
 /// Not cached, whatever the MTRRs say.
 const UNCACHED: u64 = 0x18;
 
+/// Where all of it is mapped once more.
+pub const UPPER_HALF: u64 = 0xffff_a580_0000_0000;
+const UPPER_ENTRY: usize = (UPPER_HALF >> 39 & 0x1ff) as usize;
+
 /// One or more page tables.
 #[repr(C, align(4096))]
 pub struct Tables<const COUNT: usize>([[AtomicU64; ENTRIES]; COUNT]);
 
-/// The top level, of which one entry is used.
+/// The top level, of which two entries are used, both for the same.
 pub static ROOT: Tables<1> = Tables([[const { AtomicU64::new(0) }; ENTRIES]; 1]);
 /// The second level.
 pub static POINTERS: Tables<1> = Tables([[const { AtomicU64::new(0) }; ENTRIES]; 1]);
@@ -78,9 +82,14 @@ pub fn read_start_info(address: u32) -> Boot {
         }
     }
     let command_line = kept::keep_command_line(string(info.command_line));
-    let used_end = map(&ram, kept::image().end);
+    acpi::read_processors(info.rsdp);
+    let tables_end = map(&ram, kept::image().end);
+    let used_end = processors::take_stacks(tables_end);
     let memory = ram.bytes();
     let mut free = ram;
+    if processors::present() > 1 {
+        free.remove(Range { start: processors::TRAMPOLINE, end: processors::TRAMPOLINE + PAGE });
+    }
     // The first page stays out of use, as Rust has no pointers to it.
     free.remove(Range { start: 0, end: PAGE });
     free.remove(Range { start: kept::image().start, end: used_end });
@@ -104,6 +113,7 @@ fn map(ram: &Ranges, tables: u64) -> u64 {
         }
         base += DIRECTORY_SPAN;
     }
+    ROOT.0[0][UPPER_ENTRY].store((&raw const POINTERS).addr() as u64 | TABLE, Ordering::Relaxed);
     cpu::flush_translations();
     next
 }
@@ -122,7 +132,7 @@ fn string(address: u64) -> impl Iterator<Item = u8> {
 }
 
 /// A value that the loader left in the first 4 GiB, which are mapped.
-fn read<T: Copy>(address: u64) -> T {
+pub fn read<T: Copy>(address: u64) -> T {
     // SAFETY: the boot code mapped the first 4 GiB, and every T here is plain integers.
     unsafe { ptr::with_exposed_provenance::<T>(address as usize).read_unaligned() }
 }

@@ -1,61 +1,103 @@
 //! All sixteen general registers and the flags hold known values while the CPU spins or halts until the next interrupt.
 
 use core::arch::naked_asm;
+use core::mem::offset_of;
+use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use guest_kernel::options::MOST_CPUS;
 use guest_kernel::pattern::scramble;
 
-use super::counter;
-use super::interrupts::EVENT;
 use super::tables::Frame;
+use super::{counter, cpu, memory, number};
 use crate::console::damage;
 
 const NAMES: [&str; 16] =
     ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
 const RSP: usize = 4;
+const GS_BASE: u32 = 0xc000_0101;
 /// Direction and ID: two flags that nothing else here uses.
 const FLAGS: u64 = 1 << 10 | 1 << 21;
 
-static PATTERN: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
-static FOUND: [AtomicU64; 16] = [const { AtomicU64::new(0) }; 16];
-static FOUND_FLAGS: AtomicU64 = AtomicU64::new(0);
-static SAVED_STACK: AtomicU64 = AtomicU64::new(0);
+/// What a CPU needs while its registers are held: the code there finds it through GS, as no register is left to point to it.
+#[repr(C)]
+struct Hold {
+    pattern: [AtomicU64; 16],
+    found: [AtomicU64; 16],
+    found_flags: AtomicU64,
+    saved_stack: AtomicU64,
+    budget: AtomicU32,
+    halt: AtomicU8,
+    event: AtomicU8,
+}
+
+static HOLDS: [Hold; MOST_CPUS] = [const {
+    Hold {
+        pattern: [const { AtomicU64::new(0) }; 16],
+        found: [const { AtomicU64::new(0) }; 16],
+        found_flags: AtomicU64::new(0),
+        saved_stack: AtomicU64::new(0),
+        budget: AtomicU32::new(0),
+        halt: AtomicU8::new(0),
+        event: AtomicU8::new(0),
+    }
+}; MOST_CPUS];
 static BUDGET: AtomicU32 = AtomicU32::new(0);
-static HALT: AtomicU8 = AtomicU8::new(0);
 static STRIKE: AtomicBool = AtomicBool::new(false);
+
+fn own() -> &'static Hold {
+    &HOLDS[number()]
+}
+
+/// The base of GS: where the CPU finds what it needs, in the upper half of addresses, so that all of its bits count.
+pub fn own_base() -> u64 {
+    memory::UPPER_HALF + ptr::from_ref(own()).addr() as u64
+}
+
+/// There was an interrupt.
+pub fn wake() {
+    own().event.store(1, Ordering::Relaxed);
+}
 
 /// What the checks need to know.
 pub struct Registers {
-    budget: u32,
     rounds: u64,
 }
 
 impl Registers {
-    /// Finds out how long to spin at most: about 100 ms, well below what counts as a pause. Interrupts must be off.
+    /// On the first CPU it finds out how long to spin at most: about 100 ms, well below what counts as a pause. Interrupts must
+    /// be off.
     pub fn new(khz: u64) -> Self {
         const TRIAL: u32 = 200_000;
-        let mut registers = Registers { budget: TRIAL, rounds: 0 };
-        let start = counter();
-        registers.hold(false);
-        let spent = (counter() - start).max(1);
-        registers.budget = (u64::from(TRIAL) * 100 * khz / spent).clamp(1000, u64::from(u32::MAX)) as u32;
+        cpu::write_msr(GS_BASE, own_base());
+        // Others begin with other values.
+        let mut registers = Registers { rounds: (number() as u64) << 32 };
+        if number() == 0 {
+            BUDGET.store(TRIAL, Ordering::Relaxed);
+            let start = counter();
+            registers.hold(false);
+            let spent = (counter() - start).max(1);
+            let budget = (u64::from(TRIAL) * 100 * khz / spent).clamp(1000, u64::from(u32::MAX)) as u32;
+            BUDGET.store(budget, Ordering::Relaxed);
+        }
         registers
     }
 
     /// Holds values in all registers until there is an interrupt, and looks at them.
     pub fn hold(&mut self, halted: bool) {
         self.rounds += 1;
-        for (index, pattern) in PATTERN.iter().enumerate() {
+        let own = own();
+        for (index, pattern) in own.pattern.iter().enumerate() {
             let value = scramble(self.rounds * 16 + index as u64);
             // The stack pointer has to be an address that could be one, as a return from an interrupt loads it.
             pattern.store(if index == RSP { value & 0x0000_7fff_ffff_fff8 } else { value }, Ordering::Relaxed);
         }
-        BUDGET.store(self.budget, Ordering::Relaxed);
-        HALT.store(u8::from(halted), Ordering::Relaxed);
-        EVENT.store(0, Ordering::Relaxed);
+        own.budget.store(BUDGET.load(Ordering::Relaxed), Ordering::Relaxed);
+        own.halt.store(u8::from(halted), Ordering::Relaxed);
+        own.event.store(0, Ordering::Relaxed);
         hold();
         let mode = if halted { "halted" } else { "running" };
-        for ((name, expected), found) in NAMES.iter().zip(&PATTERN).zip(&FOUND) {
+        for ((name, expected), found) in NAMES.iter().zip(&own.pattern).zip(&own.found) {
             let (expected, found) = (expected.load(Ordering::Relaxed), found.load(Ordering::Relaxed));
             if expected != found {
                 damage(
@@ -64,7 +106,7 @@ impl Registers {
                 );
             }
         }
-        let flags = FOUND_FLAGS.load(Ordering::Relaxed);
+        let flags = own.found_flags.load(Ordering::Relaxed);
         if flags & FLAGS != FLAGS {
             damage("register", format_args!("name=rflags expected={FLAGS:#x} found={flags:#x} cpu={mode}"));
         }
@@ -78,7 +120,7 @@ pub fn strike() {
 
 /// Called by the tick.
 pub fn strike_if_asked(frame: &mut Frame) {
-    if STRIKE.load(Ordering::Relaxed) && frame.rax == PATTERN[0].load(Ordering::Relaxed) {
+    if STRIKE.load(Ordering::Relaxed) && frame.rax == own().pattern[0].load(Ordering::Relaxed) {
         STRIKE.store(false, Ordering::Relaxed);
         frame.rax ^= 1 << 17;
     }
@@ -98,52 +140,52 @@ extern "sysv64" fn hold() {
         "pushfq",
         "or qword ptr [rsp], {flags}",
         "popfq",
-        "mov [rip + {saved}], rsp",
-        "mov rax, [rip + {pattern}]",
-        "mov rcx, [rip + {pattern} + 8]",
-        "mov rdx, [rip + {pattern} + 16]",
-        "mov rbx, [rip + {pattern} + 24]",
-        "mov rsp, [rip + {pattern} + 32]",
-        "mov rbp, [rip + {pattern} + 40]",
-        "mov rsi, [rip + {pattern} + 48]",
-        "mov rdi, [rip + {pattern} + 56]",
-        "mov r8, [rip + {pattern} + 64]",
-        "mov r9, [rip + {pattern} + 72]",
-        "mov r10, [rip + {pattern} + 80]",
-        "mov r11, [rip + {pattern} + 88]",
-        "mov r12, [rip + {pattern} + 96]",
-        "mov r13, [rip + {pattern} + 104]",
-        "mov r14, [rip + {pattern} + 112]",
-        "mov r15, [rip + {pattern} + 120]",
+        "mov gs:[{saved}], rsp",
+        "mov rax, gs:[{pattern}]",
+        "mov rcx, gs:[{pattern} + 8]",
+        "mov rdx, gs:[{pattern} + 16]",
+        "mov rbx, gs:[{pattern} + 24]",
+        "mov rsp, gs:[{pattern} + 32]",
+        "mov rbp, gs:[{pattern} + 40]",
+        "mov rsi, gs:[{pattern} + 48]",
+        "mov rdi, gs:[{pattern} + 56]",
+        "mov r8, gs:[{pattern} + 64]",
+        "mov r9, gs:[{pattern} + 72]",
+        "mov r10, gs:[{pattern} + 80]",
+        "mov r11, gs:[{pattern} + 88]",
+        "mov r12, gs:[{pattern} + 96]",
+        "mov r13, gs:[{pattern} + 104]",
+        "mov r14, gs:[{pattern} + 112]",
+        "mov r15, gs:[{pattern} + 120]",
         "2:",
-        "cmp byte ptr [rip + {event}], 0",
+        "cmp byte ptr gs:[{event}], 0",
         "jne 3f",
-        "dec dword ptr [rip + {budget}]",
+        "dec dword ptr gs:[{budget}]",
         "jz 3f",
-        "cmp byte ptr [rip + {halt}], 0",
+        "cmp byte ptr gs:[{halt}], 0",
         "je 2b",
         "hlt",
         "jmp 2b",
         "3:",
-        "mov [rip + {found}], rax",
-        "mov [rip + {found} + 8], rcx",
-        "mov [rip + {found} + 16], rdx",
-        "mov [rip + {found} + 24], rbx",
-        "mov [rip + {found} + 32], rsp",
-        "mov [rip + {found} + 40], rbp",
-        "mov [rip + {found} + 48], rsi",
-        "mov [rip + {found} + 56], rdi",
-        "mov [rip + {found} + 64], r8",
-        "mov [rip + {found} + 72], r9",
-        "mov [rip + {found} + 80], r10",
-        "mov [rip + {found} + 88], r11",
-        "mov [rip + {found} + 96], r12",
-        "mov [rip + {found} + 104], r13",
-        "mov [rip + {found} + 112], r14",
-        "mov [rip + {found} + 120], r15",
-        "mov rsp, [rip + {saved}]",
+        "mov gs:[{found}], rax",
+        "mov gs:[{found} + 8], rcx",
+        "mov gs:[{found} + 16], rdx",
+        "mov gs:[{found} + 24], rbx",
+        "mov gs:[{found} + 32], rsp",
+        "mov gs:[{found} + 40], rbp",
+        "mov gs:[{found} + 48], rsi",
+        "mov gs:[{found} + 56], rdi",
+        "mov gs:[{found} + 64], r8",
+        "mov gs:[{found} + 72], r9",
+        "mov gs:[{found} + 80], r10",
+        "mov gs:[{found} + 88], r11",
+        "mov gs:[{found} + 96], r12",
+        "mov gs:[{found} + 104], r13",
+        "mov gs:[{found} + 112], r14",
+        "mov gs:[{found} + 120], r15",
+        "mov rsp, gs:[{saved}]",
         "pushfq",
-        "pop [rip + {found_flags}]",
+        "pop qword ptr gs:[{found_flags}]",
         "popfq",
         "pop r15",
         "pop r14",
@@ -153,12 +195,12 @@ extern "sysv64" fn hold() {
         "pop rbx",
         "ret",
         flags = const FLAGS,
-        saved = sym SAVED_STACK,
-        pattern = sym PATTERN,
-        event = sym EVENT,
-        budget = sym BUDGET,
-        halt = sym HALT,
-        found = sym FOUND,
-        found_flags = sym FOUND_FLAGS,
+        saved = const offset_of!(Hold, saved_stack),
+        pattern = const offset_of!(Hold, pattern),
+        event = const offset_of!(Hold, event),
+        budget = const offset_of!(Hold, budget),
+        halt = const offset_of!(Hold, halt),
+        found = const offset_of!(Hold, found),
+        found_flags = const offset_of!(Hold, found_flags),
     )
 }

@@ -1,6 +1,6 @@
 //! Model-specific registers, control registers, segment registers, descriptor tables.
 
-use super::{cpu, cpuid, pvclock};
+use super::{cpu, cpuid, number, pvclock, registers};
 use crate::console::damage;
 
 const EFER: u32 = 0xc000_0080;
@@ -19,10 +19,13 @@ const CHOSEN: [(&str, u32, u64); 12] = [
     ("cstar", 0xc000_0083, 0xffff_8fed_cba9_8765),
     ("sfmask", 0xc000_0084, 0x0004_7700),
     ("fs-base", 0xc000_0100, 0x0000_5a5a_1234_5670),
-    ("gs-base", 0xc000_0101, 0xffff_a5a5_8765_4320),
+    // The code that holds registers finds its data through it.
+    ("gs-base", 0xc000_0101, 0),
     ("kernel-gs-base", 0xc000_0102, 0xffff_c001_d00d_f00d),
     ("tsc-aux", 0xc000_0103, 0x7ab5_c0de),
 ];
+/// Those that are the same on all CPUs.
+const SHARED: [&str; 4] = ["sysenter-cs", "pat", "star", "sfmask"];
 const KEPT: [(&str, u32); 5] = [
     ("efer", EFER),
     ("apic-base", 0x1b),
@@ -54,13 +57,19 @@ impl System {
     pub fn new(has_clock: bool) -> Self {
         cpu::write_msr(EFER, cpu::read_msr(EFER) | EFER_SYSCALL);
         cpu::write_cr4(cpu::read_cr4() | CR4_DEBUG_EXTENSIONS | CR4_GLOBAL_PAGES);
-        cpu::write_cr2(CR2);
+        cpu::write_cr2(CR2 ^ (number() as u64) << 12);
         // Selectors before bases: to load FS or GS clears the base.
         let selectors = cpu::read_selectors();
         let mut msrs = [None; MSRS];
         let chosen = CHOSEN.iter().filter(|(name, ..)| *name != "tsc-aux" || cpuid::has_rdtscp());
         for (entry, (name, msr, value)) in msrs.iter_mut().zip(chosen) {
-            cpu::write_msr(*msr, *value);
+            // What a CPU has to itself differs from the others', so that none is taken for another's.
+            let value = match *name {
+                "gs-base" => registers::own_base(),
+                name if SHARED.contains(&name) => *value,
+                _ => *value ^ (number() as u64) << 4,
+            };
+            cpu::write_msr(*msr, value);
             // A CPU may keep fewer bits than were written; it has to keep those.
             *entry = Some((*name, *msr, cpu::read_msr(*msr)));
         }

@@ -4,7 +4,9 @@
 use core::arch::{asm, global_asm};
 use core::ptr;
 
-use super::interrupts;
+use guest_kernel::options::MOST_CPUS;
+
+use super::{boot, interrupts, number};
 use crate::irq_cell::IrqCell;
 
 const CODE: u16 = 8;
@@ -15,10 +17,10 @@ const STACK: usize = 16 << 10;
 
 /// Null, code, data, and room for the TSS.
 #[repr(C, align(16))]
-pub struct Gdt([u64; 5]);
+struct Gdt([u64; 5]);
 
-/// Its first three entries serve the boot code already.
-pub static GDT: IrqCell<Gdt> = IrqCell::new(Gdt([0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0]));
+/// The first three entries are as the boot code has them.
+static GDTS: [IrqCell<Gdt>; MOST_CPUS] = [const { IrqCell::new(Gdt([0, boot::CODE, boot::DATA, 0, 0])) }; MOST_CPUS];
 
 #[repr(C, packed(4))]
 struct Tss {
@@ -31,19 +33,24 @@ struct Tss {
     port_map: u16,
 }
 
-static TSS: IrqCell<Tss> = IrqCell::new(Tss {
-    reserved: 0,
-    privileged_stacks: [0; 3],
-    reserved_too: 0,
-    stacks: [0; 7],
-    reserved_more: 0,
-    reserved_last: 0,
-    port_map: size_of::<Tss>() as u16,
-});
+static TSSES: [IrqCell<Tss>; MOST_CPUS] = [const {
+    IrqCell::new(Tss {
+        reserved: 0,
+        privileged_stacks: [0; 3],
+        reserved_too: 0,
+        stacks: [0; 7],
+        reserved_more: 0,
+        reserved_last: 0,
+        port_map: size_of::<Tss>() as u16,
+    })
+}; MOST_CPUS];
+
+/// The size of all of a CPU's stacks for interrupts.
+pub const ALL_STACKS: usize = STACKS * STACK;
 
 #[repr(C, align(16))]
-struct Stacks([[u8; STACK]; STACKS]);
-static INTERRUPT_STACKS: IrqCell<Stacks> = IrqCell::new(Stacks([[0; STACK]; STACKS]));
+struct Stacks([u8; ALL_STACKS]);
+static INTERRUPT_STACKS: IrqCell<Stacks> = IrqCell::new(Stacks([0; ALL_STACKS]));
 
 #[repr(C, align(16))]
 struct Idt([[u64; 2]; VECTORS]);
@@ -133,31 +140,35 @@ struct TablePointer {
     base: u64,
 }
 
-/// Fills the tables and loads them.
+/// Fills the first CPU's tables, and those that all share, and loads them.
 pub fn load() {
-    let tss = TSS.with(|tss| {
-        let mut stacks = [0; 7];
-        INTERRUPT_STACKS.with(|all| {
-            for (entry, stack) in stacks.iter_mut().zip(&all.0) {
-                *entry = stack.as_ptr_range().end.addr() as u64;
-            }
-        });
-        tss.stacks = stacks;
+    IDT.with(|idt| {
+        let stubs = (&raw const STUBS).addr() as u64;
+        for (vector, gate) in idt.0.iter_mut().enumerate() {
+            *gate = interrupt_gate(stubs + vector as u64 * 16, stack_of(vector));
+        }
+    });
+    load_own(INTERRUPT_STACKS.with(|stacks| stacks.0.as_ptr().addr() as u64));
+}
+
+/// Fills this CPU's tables and loads them. Its stacks for interrupts are at this address.
+pub fn load_own(stacks: u64) {
+    let tss = TSSES[number()].with(|tss| {
+        let ends = (1..).map(|index| stacks + index * STACK as u64);
+        let mut entries = [0; 7];
+        for (entry, end) in entries.iter_mut().zip(ends).take(STACKS) {
+            *entry = end;
+        }
+        tss.stacks = entries;
         ptr::from_mut(tss).addr() as u64
     });
-    let gdt = GDT.with(|gdt| {
+    let gdt = GDTS[number()].with(|gdt| {
         let limit = (size_of::<Tss>() - 1) as u64;
         gdt.0[3] = limit | (tss & 0x00ff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
         gdt.0[4] = tss >> 32;
         TablePointer { limit: (size_of::<Gdt>() - 1) as u16, base: ptr::from_mut(gdt).addr() as u64 }
     });
-    let idt = IDT.with(|idt| {
-        let stubs = (&raw const STUBS).addr() as u64;
-        for (vector, gate) in idt.0.iter_mut().enumerate() {
-            *gate = interrupt_gate(stubs + vector as u64 * 16, stack_of(vector));
-        }
-        TablePointer { limit: (size_of::<Idt>() - 1) as u16, base: ptr::from_mut(idt).addr() as u64 }
-    });
+    let idt = TablePointer { limit: (size_of::<Idt>() - 1) as u16, base: (&raw const IDT).addr() as u64 };
     // SAFETY: the table has the descriptors that are in use at the same places, and lives for ever.
     unsafe { asm!("lgdt [{}]", in(reg) &raw const gdt, options(nostack)) };
     // SAFETY: the descriptor was filled in above.

@@ -2,16 +2,18 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use super::cpu;
+use guest_kernel::options::MOST_CPUS;
+
+use super::{cpu, number};
 use crate::console::damage;
 
 /// Pages of their own: an emulator slows down all accesses to a page with a watchpoint.
 #[repr(C, align(4096))]
-struct Watched([AtomicU64; 512]);
+struct Watched([[AtomicU64; 64]; MOST_CPUS]);
 
-static WATCHED: Watched = Watched([const { AtomicU64::new(0) }; 512]);
-static HITS: AtomicU64 = AtomicU64::new(0);
-static EXPECTED: AtomicU64 = AtomicU64::new(0);
+static WATCHED: Watched = Watched([const { [const { AtomicU64::new(0) }; 64] }; MOST_CPUS]);
+static HITS: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
+static EXPECTED: [AtomicU64; MOST_CPUS] = [const { AtomicU64::new(0) }; MOST_CPUS];
 
 /// All four on (0x555): writes of 8 bytes, writes of 4, any access to 1, writes of 2.
 const CONTROL: u64 = 0x53d9_0555;
@@ -27,7 +29,7 @@ pub struct Watchpoints {
 impl Watchpoints {
     /// Sets them, and finds out whether hits arrive at all: QEMU's emulation of nested virtualization has none.
     pub fn new() -> Self {
-        let address = |index: usize| (&raw const WATCHED.0[index * 8]).addr() as u64;
+        let address = |index: usize| (&raw const WATCHED.0[number()][index * 8]).addr() as u64;
         cpu::write_dr0(address(0));
         cpu::write_dr1(address(1));
         cpu::write_dr2(address(2));
@@ -67,7 +69,7 @@ impl Watchpoints {
     /// Writes to the watched word: the hit must arrive if hits arrived at the start.
     pub fn check_hit(&mut self) {
         if !touch() && self.hits {
-            damage("watchpoint", format_args!("missing=1 hits={}", HITS.load(Ordering::Relaxed)));
+            damage("watchpoint", format_args!("missing=1 hits={}", HITS[number()].load(Ordering::Relaxed)));
         }
     }
 }
@@ -77,11 +79,11 @@ fn read() -> [u64; 6] {
 }
 
 fn touch() -> bool {
-    let before = HITS.load(Ordering::SeqCst);
-    EXPECTED.store(before + 1, Ordering::SeqCst);
-    WATCHED.0[0].fetch_add(1, Ordering::SeqCst);
-    let arrived = HITS.load(Ordering::SeqCst) == before + 1;
-    EXPECTED.store(before, Ordering::SeqCst);
+    let before = HITS[number()].load(Ordering::SeqCst);
+    EXPECTED[number()].store(before + 1, Ordering::SeqCst);
+    WATCHED.0[number()][0].fetch_add(1, Ordering::SeqCst);
+    let arrived = HITS[number()].load(Ordering::SeqCst) == before + 1;
+    EXPECTED[number()].store(before, Ordering::SeqCst);
     arrived
 }
 
@@ -89,8 +91,8 @@ fn touch() -> bool {
 pub fn hit(rip: u64) {
     let status = cpu::read_dr6();
     cpu::write_dr6(QUIET);
-    let hits = HITS.fetch_add(1, Ordering::SeqCst) + 1;
-    if status & 0xf != 1 || hits != EXPECTED.load(Ordering::SeqCst) {
+    let hits = HITS[number()].fetch_add(1, Ordering::SeqCst) + 1;
+    if status & 0xf != 1 || hits != EXPECTED[number()].load(Ordering::SeqCst) {
         damage("watchpoint", format_args!("unexpected=1 dr6={status:#x} rip={rip:#x}"));
     }
 }
