@@ -33,5 +33,6 @@ mod load;
 mod memory;
 mod network;
 mod operators;
+mod processors;
 mod script;
 mod upgrade;

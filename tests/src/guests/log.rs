@@ -20,10 +20,15 @@ pub struct Load {
 impl Load {
     /// A number of the last sign of life.
     pub fn number(&self, key: &str) -> Option<u64> {
-        match Line::parse(&self.last)? {
-            Line::Beat { details, .. } => details.number(key),
-            _ => None,
-        }
+        number(&self.last, key)
+    }
+}
+
+/// A number of a sign of life.
+fn number(line: &str, key: &str) -> Option<u64> {
+    match Line::parse(line)? {
+        Line::Beat { details, .. } => details.number(key),
+        _ => None,
     }
 }
 
@@ -38,6 +43,8 @@ pub struct Log {
     pub started: bool,
     /// How many signs of life there were.
     pub beats: u64,
+    /// The last sign of life.
+    pub last: String,
     /// What was wrong, as the guest put it; a missing or repeated sign of life is damage too.
     pub damage: Vec<String>,
     /// How long the guest saw itself not running, in milliseconds each time.
@@ -58,6 +65,7 @@ impl Log {
             next: None,
             started: false,
             beats: 0,
+            last: String::new(),
             damage: Vec::new(),
             pauses: Vec::new(),
             end: None,
@@ -115,6 +123,7 @@ impl Log {
                 }
                 self.next = Some(n + 1);
                 self.beats += 1;
+                self.last = text.trim_end().to_owned();
             }
             Some(Line::Pause { ms, .. }) => self.pauses.push(ms),
             Some(Line::End { details, .. }) => self.end = Some(details.text().to_owned()),
@@ -125,6 +134,11 @@ impl Log {
 }
 
 impl Log {
+    /// A number of the last sign of life.
+    pub fn number(&self, key: &str) -> Option<u64> {
+        number(&self.last, key)
+    }
+
     fn load<'a>(loads: &'a mut BTreeMap<String, Load>, details: Details<'_>) -> &'a mut Load {
         loads.entry(details.value("of").unwrap_or_default().to_owned()).or_default()
     }

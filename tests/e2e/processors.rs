@@ -1,0 +1,90 @@
+//! Several vCPUs: they stay what they are to each other, wherever a freeze finds them.
+use anyhow::{Context, Result, ensure};
+use guest_kernel::pattern::scramble;
+use std::time::{Duration, SystemTime};
+use tests::architecture::Architecture;
+use tests::guests::{Guest, Running, await_beats};
+use tests::host::{Host, HostConfig, Side};
+use tests::operator::{self, Update};
+
+on_each_architecture![
+    four_vcpus_outlive_a_change_of_kernel_and_the_way_back,
+    vcpus_in_a_storm_of_interrupts_outlive_updates_at_any_instant
+];
+
+/// How often the guest in a storm is frozen. A hundred take half an hour in an emulated host.
+const FREEZES: u64 = 25;
+/// Within how many milliseconds the instant of each is.
+const WITHIN_MS: u64 = 300;
+/// A storm leaves vCPUs no rest, and an emulated host has few processors: ticks are rare enough that there is time between them.
+const STORM: &str = "load=ipi-storm tick_ms=50";
+/// Repeats a run: the number that it has printed.
+const SEED: &str = "KHO_VMM_LAB_SEED";
+
+fn four(name: &str, append: &str) -> Guest {
+    Guest::oracle(name, 64).with(append).option("cpus", "4")
+}
+
+fn four_vcpus_outlive_a_change_of_kernel_and_the_way_back(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("processors", architecture, 1024)?, |host| {
+        // All in use; some off; and one that is switched off and on all the time.
+        let mut guests = [
+            four("all", "").start(host)?,
+            four("some", "cpus=2").start(host)?,
+            four("hotplug", "hotplug=on").start(host)?,
+        ];
+        await_beats(host, &mut guests, 3)?;
+        for to in [Side::Newer, Side::Older] {
+            let before = counts(&guests)?;
+            operator::live_update_of_all(host, to, &Update::default())?;
+            await_beats(host, &mut guests, 3)?;
+            for ((guest, before), after) in guests.iter().zip(before).zip(counts(&guests)?) {
+                let name = &guest.guest.name;
+                ensure!(after > before, "the vCPUs of {name} no longer interrupt each other: {before} to {after}");
+            }
+        }
+        Ok(())
+    })
+}
+
+fn vcpus_in_a_storm_of_interrupts_outlive_updates_at_any_instant(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("storm", architecture, 1024)?, |host| {
+        let mut random = seed()?;
+        eprintln!("{SEED}={random}");
+        let mut guests =
+            [four("storm", STORM).start(host)?, four("hotplug", &format!("{STORM} hotplug=on")).start(host)?];
+        await_beats(host, &mut guests, 2)?;
+        for number in 1..=FREEZES {
+            random = scramble(random);
+            // There is nothing to wait for: any instant will do.
+            std::thread::sleep(Duration::from_millis(random % WITHIN_MS));
+            let update = Update { options: &["--rehearse"], ..Update::default() };
+            let process = operator::start_update(host, Side::Newer, "unexpected", &update)?;
+            let said = host.wait(&process)?.success()?;
+            let result = operator::result_line(&said.stdout)?;
+            ensure!(result["result"] == "rehearsed", "{said}");
+            await_beats(host, &mut guests, 1).with_context(|| format!("after freeze {number}"))?;
+        }
+        // What was only written down so far is put back, too.
+        for to in [Side::Newer, Side::Older] {
+            operator::live_update_of_all(host, to, &Update::default())?;
+            await_beats(host, &mut guests, 2)?;
+        }
+        Ok(())
+    })
+}
+
+fn seed() -> Result<u64> {
+    match std::env::var(SEED) {
+        Ok(seed) => seed.parse().with_context(|| format!("'{seed}' is not a value of {SEED}")),
+        Err(_) => Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos() as u64),
+    }
+}
+
+/// How many interrupts of each guest have gone from one vCPU to another.
+fn counts(guests: &[Running]) -> Result<Vec<u64>> {
+    let count = |guest: &Running| {
+        guest.log.number("ipis").with_context(|| format!("{} does not count interrupts", guest.guest.name))
+    };
+    guests.iter().map(count).collect()
+}
