@@ -46,7 +46,7 @@ fn what_cannot_work_is_refused_with_a_reason(architecture: Architecture) -> Resu
             (&["a", "--kernel", "/share/link-of-nothing"], 1, "/share/link-of-nothing"),
             (&["a", "--kernel", "/share/initrd"], 1, "/share/initrd"),
             (&["a", "--kernel", "/share/oracle", "--initrd", "/nowhere"], 1, "/nowhere"),
-            (&["a", "--kernel", "/share/oracle", "--cpus", "2"], 1, "cpus"),
+            (&["a", "--kernel", "/share/oracle", "--cpus", "65"], 1, "cpus"),
             (&["a", "--kernel", "/share/oracle", "--memory", "0"], 2, "memory"),
             (&["a", "--kernel", "/share/kernel-newer", "--memory", "1M"], 1, "memory"),
             (&["a/b", "--kernel", "/share/oracle"], 2, "name"),
