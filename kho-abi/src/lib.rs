@@ -32,8 +32,9 @@
 //!     devices { serial@3f8 { }         and each virtio device with its queues:
 //!               virtio@0 { queue@0 { } ... device { } } ... }
 //! };
-//! / {                                  compatible = "kho-vmm,index-v1"   generation, kernel
+//! / {                                  compatible = "kho-vmm,index-v2"   generation, kernel
 //!     timeline { }                     the host's marks
+//!     clock { }                        its wall clock, with the counter at the same moment
 //!     vms { vm@NAME { marks { } } }    session, tokens and sizes of each VM
 //! };
 //! ```

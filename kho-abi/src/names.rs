@@ -42,6 +42,8 @@ pub const QUEUE: &str = "queue";
 pub const VIRTIO_DEVICE: &str = "device";
 /// The marks that concern the whole host.
 pub const TIMELINE: &str = "timeline";
+/// The host's wall clock in the index.
+pub const CLOCK: &str = "clock";
 /// The group of VMs in the index.
 pub const VMS: &str = "vms";
 /// One VM in the index, `vm@<name>`.

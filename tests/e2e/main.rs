@@ -35,4 +35,5 @@ mod network;
 mod operators;
 mod processors;
 mod script;
+mod time;
 mod upgrade;

@@ -8,6 +8,7 @@ use crate::arch::counter_khz;
 use crate::architecture::{Accelerator, Architecture};
 use crate::kernels::{self, Kernels};
 use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say, TAPS};
+use crate::moment::Moment;
 use crate::products::Products;
 use crate::{image, paths};
 use anyhow::{Context, Result, bail};
@@ -431,7 +432,15 @@ impl Host {
     /// The counter that runs on through kexecs, and its frequency in Hz.
     pub fn counter(&mut self) -> Result<(u64, f64)> {
         match self.ask(Ask::Counter)? {
-            Answer::Counter { counter, frequency_hz } => Ok((counter, frequency_hz)),
+            Answer::Counter { moment, frequency_hz } => Ok((moment.counter, frequency_hz)),
+            answer => bail!("unexpected answer {answer:?}"),
+        }
+    }
+
+    /// The counter together with the host's clocks.
+    pub fn moment(&mut self) -> Result<Moment> {
+        match self.ask(Ask::Counter)? {
+            Answer::Counter { moment, .. } => Ok(moment),
             answer => bail!("unexpected answer {answer:?}"),
         }
     }

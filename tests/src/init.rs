@@ -7,7 +7,8 @@ mod port;
 mod processes;
 
 use crate::arch::counter;
-use crate::link::{Answer, Ask, Hello, RESTORE, Request, SHARE, Say, TAPS};
+use crate::link::{Answer, Ask, Hello, RESTORE, RESTORE_OPTIONS, Request, SHARE, Say, TAPS};
+use crate::moment::Moment;
 use anyhow::{Context, Result};
 use processes::Processes;
 use rustix::time::{ClockId, clock_gettime};
@@ -68,7 +69,9 @@ fn serve(beginning: Beginning) -> Result<()> {
     }
     let processes = Processes::new();
     // Before the port is even looked for: every millisecond here is a millisecond in which guests stand still.
-    let restore = values(RESTORE).next().map(|output| processes.spawn(&restore_command(), &[], output)).transpose()?;
+    let options = values(RESTORE_OPTIONS).next().unwrap_or_default();
+    let restore =
+        values(RESTORE).next().map(|output| processes.spawn(&restore_command(options), &[], output)).transpose()?;
     let port = port::open()?;
     let mut reader = BufReader::new(port.try_clone().context("cannot duplicate the port")?);
     let writer = Arc::new(Mutex::new(port));
@@ -98,8 +101,9 @@ fn serve(beginning: Beginning) -> Result<()> {
     }
 }
 
-fn restore_command() -> Vec<String> {
-    ["vmm", "restore", "--all", "--json"].map(String::from).to_vec()
+fn restore_command(options: &str) -> Vec<String> {
+    let options = options.split(',').filter(|option| !option.is_empty());
+    ["vmm", "restore", "--all", "--json"].into_iter().chain(options).map(String::from).collect()
 }
 
 fn answer(processes: &Processes, writer: &Mutex<fs::File>, beginning: Beginning, id: u64, ask: Ask) -> Result<Answer> {
@@ -125,7 +129,7 @@ fn answer(processes: &Processes, writer: &Mutex<fs::File>, beginning: Beginning,
             fs::write(&path, content).with_context(|| format!("cannot write {path}"))?;
             Answer::Done
         }
-        Ask::Counter => Answer::Counter { counter: counter(), frequency_hz: beginning.frequency_hz() },
+        Ask::Counter => Answer::Counter { moment: Moment::now(), frequency_hz: beginning.frequency_hz() },
         Ask::PowerOff => {
             rustix::system::reboot(rustix::system::RebootCommand::PowerOff).context("cannot power off")?;
             Answer::Done

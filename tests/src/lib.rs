@@ -17,6 +17,7 @@ pub mod init;
 pub mod kernels;
 pub mod link;
 pub mod load;
+pub mod moment;
 pub mod operator;
 pub mod paths;
 pub mod products;

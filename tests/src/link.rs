@@ -1,4 +1,5 @@
 //! What the build machine and the lab's PID 1 say to each other, one JSON value per line over a virtio-serial port.
+use crate::moment::Moment;
 use serde::{Deserialize, Serialize};
 
 /// The port's name, as both ends know it.
@@ -13,6 +14,8 @@ pub const RESTORE: &str = "kho_vmm.restore";
 /// On the kernel's command line: PID 1 sets up the host's network before that, with taps of these names, separated by commas. Of
 /// several words the last one counts.
 pub const TAPS: &str = "kho_vmm.taps";
+/// On the kernel's command line: further options of that `vmm restore`, separated by commas.
+pub const RESTORE_OPTIONS: &str = "kho_vmm.restore_options";
 
 /// Asked by the build machine. Each is answered by one `Say::Reply` with the same number.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -65,7 +68,7 @@ pub enum Ask {
         /// Its new content.
         content: String,
     },
-    /// The raw counter, and its frequency as measured since PID 1 began.
+    /// The raw counter and the clocks, and the counter's frequency as measured since PID 1 began.
     Counter,
     /// End the host.
     PowerOff,
@@ -127,9 +130,9 @@ pub enum Answer {
     },
     /// The counter.
     Counter {
-        /// Raw value.
-        counter: u64,
-        /// Ticks per second.
+        /// The counter and the clocks.
+        moment: Moment,
+        /// Ticks of the counter per second.
         frequency_hz: f64,
     },
     /// The image is loaded; this line is the old kernel's last.

@@ -7,6 +7,7 @@
 //! LOAD pause n=1 of=ticks ms=5210         it made no progress for that long
 //! DAMAGE ticks of=ticks …                 something was lost
 //! ```
+pub mod clocks;
 pub mod pattern;
 pub mod reader;
 pub mod records;
@@ -84,6 +85,8 @@ enum Kind {
         #[arg(long, default_value_t = 16)]
         mib: u64,
     },
+    /// Tell the clocks and the raw counter
+    Clocks,
     /// Count the expirations of a timerfd
     Ticks {
         /// Expirations per second
@@ -160,6 +163,7 @@ fn run(Arguments { rhythm, kind }: Arguments) -> Result<()> {
         }
         Kind::Unflushed { target, mib } => unflushed::run(&target, mib << 20, &mut report("unflushed")),
         Kind::Reader { file, mib } => reader::run(&file, mib << 20, &mut report("reader")),
+        Kind::Clocks => clocks::run(&mut report("clocks")),
         Kind::Ticks { hz } => ticks::run(hz, &mut report("ticks")),
         Kind::Work { threads, mib } => work::run(threads, mib << 20, &mut report("work")),
         Kind::Stream { peer, kib_per_second } => stream::run(peer, kib_per_second << 10, &mut report("stream")),

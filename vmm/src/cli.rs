@@ -234,6 +234,13 @@ pub struct RestoreArgs {
     /// Report in JSON, one object per line
     #[arg(long)]
     pub json: bool,
+    /// Leave this host's clock as it is
+    ///
+    /// The new kernel's clock comes from a real-time clock that knows seconds only. Unless this is given, or a time service keeps
+    /// the clock already, it is set to what the old kernel's said plus what the counter has counted, where it is off by more
+    /// than 10 ms.
+    #[arg(long)]
+    pub no_set_clock: bool,
     /// Do the work in this process, for a service manager, instead of in one of its own
     #[arg(long)]
     pub foreground: bool,

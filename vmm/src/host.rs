@@ -1,5 +1,6 @@
 //! What concerns the host: its VMs as a whole, its kernel, and the verbs an operator uses.
 
+pub mod clock;
 pub mod kept;
 pub mod kexec;
 pub mod report;

@@ -3,6 +3,7 @@
 mod arch;
 mod bus;
 mod cli;
+mod clock;
 mod config;
 mod control;
 mod device;

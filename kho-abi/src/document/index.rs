@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use super::header::Kind;
 use super::machine::RAM_RANGES_MAX;
 use super::node::Node;
-use super::record::{Reader, Record, from_node, to_node};
+use super::record::{Reader, Record, from_node, read_node, to_node};
 use super::timeline::TimelineV1;
 use super::{DecodeError, DocumentError, EncodeError, Problem, fdt, header};
 use crate::{names, tokens};
@@ -94,48 +94,91 @@ fn pair(entry: [u8; RAM]) -> (u64, u64) {
     (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes(size))
 }
 
+/// The host's wall clock and the raw counter at one moment of the old kernel: as the counter runs on through the kexec, the next
+/// kernel can tell from it what time it is, which its real-time clock says to the second only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClockV1 {
+    /// The raw counter.
+    pub counter: u64,
+    /// CLOCK_REALTIME at that moment, in nanoseconds since 1970.
+    pub realtime_ns: u64,
+}
+
+impl Record for ClockV1 {
+    const COMPATIBLE: &'static str = "kho-vmm,clock-v1";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { counter, realtime_ns } = self;
+        node.with_u64("counter", *counter).with_u64("realtime-ns", *realtime_ns)
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self { counter: reader.u64("counter")?, realtime_ns: reader.u64("realtime-ns")? })
+    }
+}
+
+/// What the root of an index without a clock calls itself.
+const INDEX_V1: &str = "kho-vmm,index-v1";
+
 /// All VMs of one update.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct IndexV1 {
+pub struct IndexV2 {
     /// How many updates this host has been through, this one included.
     pub generation: u64,
     /// The release of the kernel under which it was written.
     pub kernel: String,
     /// The marks of the host.
     pub timeline: TimelineV1,
+    /// The host's wall clock, as late as it could be read.
+    pub clock: Option<ClockV1>,
     /// The VMs.
     pub vms: Vec<IndexEntryV1>,
 }
 
-impl Record for IndexV1 {
-    const COMPATIBLE: &'static str = "kho-vmm,index-v1";
+impl Record for IndexV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,index-v2";
 
     fn encode(&self, node: Node) -> Node {
-        let Self { generation, kernel, timeline, vms } = self;
+        let Self { generation, kernel, timeline, clock, vms } = self;
         let entries = vms.iter().map(|vm| to_node(&format!("{}@{}", names::VM, vm.name), vm));
         node.with_u64("generation", *generation)
             .with_str("kernel", kernel)
             .with_child(to_node(names::TIMELINE, timeline))
+            .with_children(clock.iter().map(|clock| to_node(names::CLOCK, clock)))
             .with_child(Node::new(names::VMS).with_children(entries))
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(Self {
-            generation: reader.u64("generation")?,
-            kernel: reader.string("kernel")?,
-            timeline: reader.child(names::TIMELINE)?,
-            vms: reader.group(names::VMS, |vms| {
-                let entries = vms.children(names::VM)?;
-                match entries.len() <= VMS_MAX {
-                    true => Ok(entries),
-                    false => Err(vms.error(Problem::TooMany { what: "VMs", max: VMS_MAX })),
-                }
-            })?,
-        })
+        decode_index(reader, |reader| reader.optional_child(names::CLOCK))
     }
 }
 
-impl IndexV1 {
+/// Reads an index of any version; `clock` reads what differs.
+fn decode_index(
+    reader: &mut Reader<'_>,
+    clock: impl FnOnce(&mut Reader<'_>) -> Result<Option<ClockV1>, DecodeError>,
+) -> Result<IndexV2, DecodeError> {
+    Ok(IndexV2 {
+        generation: reader.u64("generation")?,
+        kernel: reader.string("kernel")?,
+        timeline: reader.child(names::TIMELINE)?,
+        clock: clock(reader)?,
+        vms: reader.group(names::VMS, |vms| {
+            let entries = vms.children(names::VM)?;
+            match entries.len() <= VMS_MAX {
+                true => Ok(entries),
+                false => Err(vms.error(Problem::TooMany { what: "VMs", max: VMS_MAX })),
+            }
+        })?,
+    })
+}
+
+/// Reads an index of this version or the previous one.
+fn decode_any(reader: &mut Reader<'_>) -> Result<IndexV2, DecodeError> {
+    if reader.compatible()? == INDEX_V1 { decode_index(reader, |_| Ok(None)) } else { reader.record() }
+}
+
+impl IndexV2 {
     /// The sealed index.
     ///
     /// # Errors
@@ -146,11 +189,11 @@ impl IndexV1 {
         header::seal_as(Kind::Index, &fdt::write(&root)?)
     }
 
-    /// The index in sealed bytes.
+    /// The index in sealed bytes, be it of this version or the previous one.
     ///
     /// # Errors
     /// When the seal is broken, the tree malformed, or anything in it missing, unknown or impossible.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, DocumentError> {
-        Ok(from_node(&fdt::read(header::open_as(Kind::Index, bytes)?)?)?)
+        Ok(read_node(&fdt::read(header::open_as(Kind::Index, bytes)?)?, decode_any)?)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use kho_abi::document::index::IndexV1;
+use kho_abi::document::index::IndexV2;
 use kho_abi::document::machine::MachineV2;
 use kho_abi::document::node::Node;
 use kho_abi::document::{DocumentError, HeaderError, fdt, header};
@@ -19,7 +19,7 @@ static INDEX: LazyLock<Vec<u8>> = LazyLock::new(|| sample::index().to_bytes().un
 static GOLDEN: LazyLock<Vec<u8>> = LazyLock::new(|| sample::machine().to_bytes().unwrap());
 
 fn refuses_everything(bytes: &[u8]) -> bool {
-    MachineV2::from_bytes(bytes).is_err() && IndexV1::from_bytes(bytes).is_err() && fdt::read(bytes).is_err()
+    MachineV2::from_bytes(bytes).is_err() && IndexV2::from_bytes(bytes).is_err() && fdt::read(bytes).is_err()
 }
 
 /// `length` bytes that follow from `seed` (xorshift): far cheaper than a strategy for each byte.

@@ -1,6 +1,6 @@
 //! Trees under a good checksum that say what cannot be true: refused, with the path of the node that says it.
 
-use kho_abi::document::index::IndexV1;
+use kho_abi::document::index::IndexV2;
 use kho_abi::document::machine::{MachineV2, RAM_RANGES_MAX, VCPUS_MAX};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
@@ -435,12 +435,12 @@ fn a_tree_of_another_form_is_refused() {
 
 #[test]
 fn an_index_that_leads_astray_is_refused() {
-    let refused = |change: &dyn Fn(&mut IndexV1), expected: &str| {
+    let refused = |change: &dyn Fn(&mut IndexV2), expected: &str| {
         let mut index = sample::index();
         change(&mut index);
         assert_eq!(index.to_bytes().unwrap_err().to_string(), expected);
         let sealed = header::seal_as(header::Kind::Index, &fdt::write(&to_node("", &index)).unwrap()).unwrap();
-        assert_eq!(IndexV1::from_bytes(&sealed).unwrap_err().to_string(), expected);
+        assert_eq!(IndexV2::from_bytes(&sealed).unwrap_err().to_string(), expected);
     };
     let vm = "/vms/vm@golden-1";
     let session = "session is not the one of a VM of this name";
@@ -458,6 +458,14 @@ fn an_index_that_leads_astray_is_refused() {
     refused(&|index| index.vms[0].ram = vec![(0x100, 1); 2], &token(0x100));
     refused(&|index| index.vms[0].ram[0].0 = 1, &token(1));
     refused(&|index| index.vms[0].state_token = 0x100, &token(0x100));
+}
+
+#[test]
+fn an_index_of_the_previous_version_with_a_clock_is_refused() {
+    let mut root = to_node("", &sample::index());
+    root = root.with_str("compatible", "kho-vmm,index-v1");
+    let sealed = header::seal_as(header::Kind::Index, &fdt::write(&root).unwrap()).unwrap();
+    assert_eq!(IndexV2::from_bytes(&sealed).unwrap_err().to_string(), r#"/: node "clock" is unknown"#);
 }
 
 #[test]

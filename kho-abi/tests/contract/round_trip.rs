@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1};
-use kho_abi::document::index::{IndexEntryV1, IndexV1};
+use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
@@ -256,10 +256,17 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn index()(generation: u64, kernel in text(), timeline in timeline(), vms in vec(entry(), 0..6)) -> IndexV1 {
+    fn index()(
+        generation: u64,
+        kernel in text(),
+        timeline in timeline(),
+        clock: Option<(u64, u64)>,
+        vms in vec(entry(), 0..6),
+    ) -> IndexV2 {
+        let clock = clock.map(|(counter, realtime_ns)| ClockV1 { counter, realtime_ns });
         let mut seen = BTreeSet::new();
         let vms = vms.into_iter().filter(|vm| seen.insert(vm.name.clone())).collect();
-        IndexV1 { generation, kernel, timeline, vms }
+        IndexV2 { generation, kernel, timeline, clock, vms }
     }
 }
 
@@ -283,7 +290,7 @@ proptest! {
 
     #[test]
     fn an_index_is_read_as_it_was_written(index in index()) {
-        prop_assert_eq!(IndexV1::from_bytes(&index.to_bytes().unwrap()).unwrap(), index);
+        prop_assert_eq!(IndexV2::from_bytes(&index.to_bytes().unwrap()).unwrap(), index);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1};
-use kho_abi::document::index::{IndexEntryV1, IndexV1};
+use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::platform::PlatformState;
@@ -202,8 +202,13 @@ pub fn aarch64_machine() -> MachineV2 {
     }
 }
 
-/// The value in `index-v1.bin`. Never change it.
-pub fn index() -> IndexV1 {
+/// The value in `index-v1.bin`, of which it is a part: the same without the clock, which there was none of.
+pub fn before_clock(index: IndexV2) -> IndexV2 {
+    IndexV2 { clock: None, ..index }
+}
+
+/// The value in `index-v2.bin`. Never change it.
+pub fn index() -> IndexV2 {
     let mut timeline = TimelineV1::new(2_893_432_000);
     timeline.mark(Phase::UpdateStarted, 1_000_000_000_000);
     timeline.mark(Phase::ImageLoaded, 1_000_500_000_000);
@@ -211,10 +216,11 @@ pub fn index() -> IndexV1 {
     let mut marks = TimelineV1::new(2_893_432_000);
     marks.mark(Phase::PauseAsked, 1_001_000_000_000);
     marks.mark(Phase::VcpusStopped, 1_001_100_000_000);
-    IndexV1 {
+    IndexV2 {
         generation: 3,
         kernel: "7.2.9-kho-vmm".into(),
         timeline,
+        clock: Some(ClockV1 { counter: 1_002_000_000_123, realtime_ns: 1_795_570_000_123_456_789 }),
         vms: vec![
             IndexEntryV1 {
                 name: "golden-1".into(),

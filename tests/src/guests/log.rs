@@ -1,4 +1,5 @@
 //! A guest's serial log, read while it grows: signs of life, gaps between them, damage, pauses.
+use crate::moment::Moment;
 use anyhow::{Context, Result};
 use guest_kernel::protocol::{Details, Line, Speaker};
 use std::collections::BTreeMap;
@@ -15,6 +16,19 @@ pub struct Load {
     pub pauses: Vec<u64>,
     /// The last sign of life.
     pub last: String,
+    /// What the clocks were, where it is that which the load tells.
+    pub moments: Vec<Moment>,
+}
+
+/// The clocks in a sign of life.
+fn moment(details: Details<'_>) -> Option<Moment> {
+    Some(Moment {
+        counter: details.number("counter")?,
+        width: details.number("width")?,
+        realtime: details.number("realtime")?,
+        monotonic: details.number("monotonic")?,
+        boottime: details.number("boottime")?,
+    })
 }
 
 impl Load {
@@ -107,6 +121,7 @@ impl Log {
                 let load = Self::load(&mut self.loads, details);
                 load.beats += 1;
                 load.last = text.trim_end().to_owned();
+                load.moments.extend(moment(details));
                 if load.beats != n {
                     self.damage.push(format!("the load should have said line {}, but said: {text}", load.beats));
                     load.beats = n;

@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use rustix::time::ClockId;
 
 use super::ArchError;
+use crate::clock;
 
 /// The architecture's name, as in `uname -m`.
 pub const NAME: &str = "x86_64";
@@ -35,27 +36,11 @@ pub fn counter() -> u64 {
 /// the estimate that the kernel made first while it booted, and not the one that it uses.
 pub fn counter_frequency() -> u64 {
     const WINDOW: Duration = Duration::from_millis(100);
-    let (first_counter, first_ns) = clocks(ClockId::MonotonicRaw);
+    let (first_counter, first_ns) = clock::read(ClockId::MonotonicRaw);
     thread::sleep(WINDOW);
-    let (last_counter, last_ns) = clocks(ClockId::MonotonicRaw);
+    let (last_counter, last_ns) = clock::read(ClockId::MonotonicRaw);
     let cycles = u128::from(last_counter.wrapping_sub(first_counter));
     (cycles * 1_000_000_000 / u128::from(last_ns.saturating_sub(first_ns).max(1))) as u64
-}
-
-/// The counter and a clock in ns at one moment: of several tries that which was interrupted least.
-pub fn clocks(clock: ClockId) -> (u64, u64) {
-    const TRIES: usize = 5;
-    let mut best = (u64::MAX, (0, 0));
-    for _ in 0..TRIES {
-        let before = counter();
-        let time = rustix::time::clock_gettime(clock);
-        let width = counter().wrapping_sub(before);
-        let ns = time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64;
-        if width < best.0 {
-            best = (width, (before.wrapping_add(width / 2), ns));
-        }
-    }
-    best.1
 }
 
 /// How long a kernel that has just booted takes at most until it knows the TSC's frequency well.
@@ -99,9 +84,9 @@ mod tests {
     #[test]
     fn measured_frequency_foretells_the_counter() {
         let frequency = counter_frequency();
-        let (first_counter, first_ns) = clocks(ClockId::MonotonicRaw);
+        let (first_counter, first_ns) = clock::read(ClockId::MonotonicRaw);
         thread::sleep(Duration::from_millis(50));
-        let (last_counter, last_ns) = clocks(ClockId::MonotonicRaw);
+        let (last_counter, last_ns) = clock::read(ClockId::MonotonicRaw);
         let expected = u128::from(last_ns - first_ns) * u128::from(frequency) / 1_000_000_000;
         let difference = expected.abs_diff(u128::from(last_counter - first_counter));
         assert!(difference < expected / 100, "off by {difference} of {expected} cycles");

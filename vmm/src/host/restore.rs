@@ -20,9 +20,9 @@ use rustix::io::FdFlags;
 use serde_json::{Value, json};
 
 use self::supervisor::Supervisor;
-use super::report;
 use super::run::adopt_descriptor;
 use super::signals::{self, Signals};
+use super::{clock, report};
 use crate::cli::{LogArgs, RestoreArgs, status};
 use crate::control::socket::RunDir;
 use crate::handover::luo::IncomingSession;
@@ -49,7 +49,7 @@ impl SupervisorError {
 pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64) -> anyhow::Result<u8> {
     let init_reached = std::env::var(INIT_COUNTER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(started);
     if !arguments.supervise && !arguments.foreground {
-        return front(dir, arguments.json, log, init_reached);
+        return front(dir, arguments, log, init_reached);
     }
     if arguments.supervise {
         // Away from the operator's terminal and its signals.
@@ -68,7 +68,8 @@ pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64
     let session = session.map(|file| IncomingSession::adopt(file, kho_abi::names::INDEX_SESSION));
     let json = arguments.json || arguments.supervise;
     let relay = |event: &Value| show(event, json);
-    let supervisor = Supervisor { dir, log, detached: arguments.supervise, init_reached, relay: &relay };
+    let (detached, set_clock) = (arguments.supervise, !arguments.no_set_clock);
+    let supervisor = Supervisor { dir, log, detached, init_reached, set_clock, relay: &relay };
     match supervisor.supervise(session) {
         Ok(status) => Ok(status),
         Err(error) => {
@@ -82,17 +83,20 @@ pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64
 }
 
 /// Starts the supervisor and relays what it says, up to its result.
-fn front(dir: &RunDir, json: bool, log: LogArgs, init_reached: u64) -> anyhow::Result<u8> {
+fn front(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, init_reached: u64) -> anyhow::Result<u8> {
     dir.create()?;
     let mut command = vmm(log);
     command.args(["restore", "--all", "--supervise"]).env(INIT_COUNTER, init_reached.to_string());
+    if arguments.no_set_clock {
+        command.arg("--no-set-clock");
+    }
     command.stdout(Stdio::piped()).stderr(supervisor_log(dir)?);
     let mut supervisor = command.spawn().context("cannot start the process that restores")?;
     let output = supervisor.stdout.take().context("cannot listen to the process that restores")?;
     for line in BufReader::new(output).lines() {
         let line = line.context("cannot listen to the process that restores")?;
         let event: Value = serde_json::from_str(&line).context("the process that restores says something odd")?;
-        show(&event, json);
+        show(&event, arguments.json);
         if event["event"] == "result" {
             // It may well live on, where VMs are kept: this does not wait for it.
             return conclude(&event);
@@ -182,6 +186,7 @@ fn words(event: &Value) -> Option<String> {
             text("kernel_from")
         )),
         "phase" => line(format!("{}: {}", text("vm"), text("phase"))),
+        "clock" => line(clock::words(event)),
         "attempt-failed" => line(format!("{}: attempt {} failed: {}", text("vm"), event["attempt"], text("reason"))),
         "running" => line(match event["blackout_ms"].as_f64() {
             Some(blackout) => format!("{}: runs again, after {blackout:.1} ms", text("vm")),

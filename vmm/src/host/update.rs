@@ -16,8 +16,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use kho_abi::document::index::IndexV1;
+use kho_abi::document::index::{ClockV1, IndexV2};
 use kho_abi::document::timeline::{Phase, TimelineV1};
+use rustix::time::ClockId;
 use serde_json::{Value, json};
 
 use self::check::{Checked, check};
@@ -28,6 +29,7 @@ use super::report::{self, Report, timeline_fields, with_fields};
 use super::signals::{self, Signals};
 use crate::arch;
 use crate::cli::{UpdateArgs, status};
+use crate::clock;
 use crate::control::lease;
 use crate::control::server::chain;
 use crate::control::socket::RunDir;
@@ -113,7 +115,7 @@ struct Update<'arguments> {
     messages: Sender<Message>,
     workers: Vec<Worker>,
     /// What the next kernel is told.
-    index: IndexV1,
+    index: IndexV2,
     index_file: Option<IndexFile>,
     kernel: Option<LoadedKernel>,
     device: Option<Arc<luo::Device>>,
@@ -154,7 +156,7 @@ impl<'arguments> Update<'arguments> {
             inbox,
             messages,
             workers,
-            index: IndexV1 { generation, kernel, timeline, vms: Vec::new() },
+            index: IndexV2 { generation, kernel, timeline, clock: None, vms: Vec::new() },
             index_file: None,
             kernel: None,
             device: Some(Arc::new(device)),
@@ -284,7 +286,9 @@ impl<'arguments> Update<'arguments> {
     /// The point of no return.
     fn commit(&mut self) -> anyhow::Result<()> {
         self.phase = "reboot";
-        self.index.timeline.mark(Phase::RebootCalled, arch::counter());
+        let (counter, realtime_ns) = clock::read(ClockId::Realtime);
+        self.index.clock = Some(ClockV1 { counter, realtime_ns });
+        self.index.timeline.mark(Phase::RebootCalled, counter);
         self.write_index()?;
         let kernel = self.kernel.as_ref().context("no kernel is loaded")?;
         Err(kernel.boot().into())

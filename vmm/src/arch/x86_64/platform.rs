@@ -17,8 +17,9 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::super::{ArchError, payload_struct};
-use super::{boot, clocks, counter, ioctl, power};
+use super::{boot, counter, ioctl, power};
 use crate::bus::Bus;
+use crate::clock;
 use crate::config::VmConfig;
 use crate::config::device::DEVICES_MAX;
 use crate::device::serial;
@@ -160,21 +161,41 @@ impl Platform {
         }
         let pit: kvm_pit_state2 = payload_struct("the PIT", pit2)?;
         vm.set_pit2(&pit).map_err(ArchError::kvm("write the PIT"))?;
-        // The kernel adds what CLOCK_REALTIME has moved on since `realtime`, so that it does not matter when it gets to it.
-        let (now, realtime) = clocks(ClockId::Realtime);
-        let elapsed = now.checked_sub(*at).ok_or_else(|| {
-            ArchError::Unfit("the TSC is behind what it was: it did not run on through the kexec".to_owned())
-        })?;
-        let elapsed_ns = u128::from(elapsed) * 1_000_000_000 / u128::from(frequency.max(1));
-        let clock = clock_ns.saturating_add(elapsed_ns as u64);
-        let clock = kvm_clock_data { clock, realtime, flags: KVM_CLOCK_REALTIME, ..Default::default() };
-        vm.set_clock(&clock).map_err(ArchError::kvm("set kvmclock"))
+        set_clock(vm, *clock_ns, *at, frequency)
     }
 
     /// Puts back what needs the vCPUs' state: nothing.
     pub fn restore_after_vcpus(&self, _state: &PlatformState) -> Result<(), ArchError> {
         Ok(())
     }
+}
+
+/// Makes kvmclock what it is by now when it was `clock_ns` at the TSC `at` of `frequency` Hz.
+fn set_clock(vm: &VmFd, clock_ns: u64, at: u64, frequency: u64) -> Result<(), ArchError> {
+    const TRIES: usize = 3;
+    const PRECISION_NS: u64 = 1_000_000;
+    let expected = |now: u64| {
+        let elapsed = now.checked_sub(at).ok_or_else(|| {
+            ArchError::Unfit("the TSC is behind what it was: it did not run on through the kexec".to_owned())
+        })?;
+        let elapsed_ns = u128::from(elapsed) * 1_000_000_000 / u128::from(frequency.max(1));
+        Ok::<u64, ArchError>(clock_ns.saturating_add(elapsed_ns as u64))
+    };
+    let mut off = 0;
+    for _ in 0..TRIES {
+        // The kernel adds what CLOCK_REALTIME has moved on since `realtime`, so that it does not matter when it gets to it. Were
+        // somebody to set that clock just then, it would add that as well: so the result is looked at.
+        let (now, realtime) = clock::read(ClockId::Realtime);
+        let clock = kvm_clock_data { clock: expected(now)?, realtime, flags: KVM_CLOCK_REALTIME, ..Default::default() };
+        vm.set_clock(&clock).map_err(ArchError::kvm("set kvmclock"))?;
+        let (found, now) = read_clock(vm)?;
+        off = found.abs_diff(expected(now)?);
+        if off <= PRECISION_NS {
+            return Ok(());
+        }
+    }
+    tracing::warn!(off, "kvmclock is off by so many nanoseconds, even after {TRIES} tries");
+    Ok(())
 }
 
 /// kvmclock in ns, and the raw TSC at that moment.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use kho_abi::document::header;
-use kho_abi::document::index::{IndexEntryV1, IndexV1};
+use kho_abi::document::index::{IndexEntryV1, IndexV2};
 use kho_abi::document::timeline::{Phase, TimelineV1};
 use kho_abi::{names, tokens};
 use serde_json::{Value, json};
@@ -26,6 +26,7 @@ use crate::control::socket::{RunDir, SocketError, WorkLock};
 use crate::fault;
 use crate::handover::channel::Handover;
 use crate::handover::luo::{Device, IncomingSession, LuoError};
+use crate::host::clock;
 use crate::host::kept::KeptVm;
 use crate::host::report::{timeline_fields, with_fields};
 
@@ -44,13 +45,15 @@ pub struct Supervisor<'a> {
     pub detached: bool,
     /// The counter when init was reached.
     pub init_reached: u64,
+    /// Whether the host's clock may be set.
+    pub set_clock: bool,
     /// Tells what happens.
     pub relay: &'a dyn Fn(&Value),
 }
 
 /// What the last kernel handed over.
 struct HandedOver {
-    index: IndexV1,
+    index: IndexV2,
     /// In the order of the index.
     sessions: Vec<Result<IncomingSession, LuoError>>,
     session: IncomingSession,
@@ -100,6 +103,9 @@ impl Supervisor<'_> {
             "counter": timeline.counter(Phase::IndexRetrieved), "vms": index.vms.len(), "kernel_from": index.kernel,
             "generation": index.generation,
         }));
+        // Before any VM comes back, as what a VM is restored with reads this clock.
+        let ms = [("ms".to_owned(), json!(elapsed_ms(begun)))].into_iter().collect();
+        (self.relay)(&with_fields(clock::settle(&index, self.set_clock), ms));
         let outcomes = self.restore_all(begun, &index, sessions, &timeline);
         let result = result(&index, &timeline, &outcomes);
         if outcomes.iter().any(|outcome| outcome.result.is_err()) {
@@ -159,7 +165,7 @@ impl Supervisor<'_> {
     fn restore_all(
         &self,
         begun: Instant,
-        index: &IndexV1,
+        index: &IndexV2,
         sessions: Vec<Result<IncomingSession, LuoError>>,
         timeline: &TimelineV1,
     ) -> Vec<Outcome> {
@@ -221,7 +227,7 @@ fn carry_out(slot: &Slot<'_>, number: usize, sender: &Sender<Message>) {
 }
 
 /// How it went.
-fn result(index: &IndexV1, timeline: &TimelineV1, outcomes: &[Outcome]) -> Value {
+fn result(index: &IndexV2, timeline: &TimelineV1, outcomes: &[Outcome]) -> Value {
     let vms: Vec<Value> = index
         .vms
         .iter()
@@ -247,13 +253,13 @@ fn result(index: &IndexV1, timeline: &TimelineV1, outcomes: &[Outcome]) -> Value
     with_fields(base, timeline_fields(Some(timeline)))
 }
 
-fn read_index(session: &IncomingSession) -> anyhow::Result<IndexV1> {
+fn read_index(session: &IncomingSession) -> anyhow::Result<IndexV2> {
     let file = File::from(session.retrieve(tokens::INDEX)?);
     let mut bytes = Vec::new();
     // The position of the retrieved file is where that of the preserved one was: at its start, as it was only written
     // to at given offsets. One byte more than allowed is enough to be refused.
     file.take(header::CAP as u64 + 1).read_to_end(&mut bytes).context("cannot read it")?;
-    Ok(IndexV1::from_bytes(&bytes)?)
+    Ok(IndexV2::from_bytes(&bytes)?)
 }
 
 fn elapsed_ms(begun: Instant) -> f64 {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, bail};
 use kho_abi::document::header;
-use kho_abi::document::index::IndexV1;
+use kho_abi::document::index::IndexV2;
 use kho_abi::{names, tokens};
 use rustix::fs::MemfdFlags;
 
@@ -39,7 +39,7 @@ impl IndexFile {
     }
 
     /// Replaces its content.
-    pub fn write(&self, index: &IndexV1) -> anyhow::Result<()> {
+    pub fn write(&self, index: &IndexV2) -> anyhow::Result<()> {
         let mut bytes = index.to_bytes().context("cannot encode the index")?;
         if bytes.len() > self.capacity {
             bail!("the index of {} bytes exceeds its {}", bytes.len(), self.capacity);
