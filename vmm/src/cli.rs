@@ -9,6 +9,7 @@ use crate::config::SerialConfig;
 use crate::config::block::{BlockConfig, BlockConfigError};
 use crate::config::device::DeviceConfig;
 use crate::config::net::NetConfig;
+use crate::config::vsock::VsockConfig;
 
 /// Exit statuses, as scripts rely on them.
 pub mod status {
@@ -177,8 +178,15 @@ pub struct RunArgs {
     /// Give the guest a balloon, so that it can give memory back: what `vmm balloon` asks for, and what it has free anyway
     #[arg(long)]
     pub balloon: bool,
+    /// Give the guest sockets to programs of this host (vsock): its number, 3 or more, and a UNIX socket's path in full
+    ///
+    /// A program on the host that connects to the UNIX socket and sends `CONNECT PORT` is connected to that port of the
+    /// guest, once it has been answered `OK`. A guest that connects to port N of CID 2 reaches the program that listens on
+    /// the UNIX socket PATH_N. A live update resets all connections; new ones work at once.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    pub vsock: Option<VsockConfig>,
     /// Build the VM from what arrives on this file descriptor (used by `vmm restore`)
-    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk", "net", "balloon"])]
+    #[arg(long, value_name = "FD", hide = true, conflicts_with_all = ["name", "kernel", "initrd", "append", "cpus", "memory", "serial", "rng", "disk", "net", "balloon", "vsock"])]
     pub restore: Option<i32>,
 }
 
@@ -190,7 +198,8 @@ impl RunArgs {
         let disks = self.disk.iter().cloned().map(DeviceConfig::Block);
         let networks = self.net.iter().cloned().map(DeviceConfig::Net);
         let balloon = self.balloon.then_some(DeviceConfig::Balloon);
-        rng.into_iter().chain(disks).chain(networks).chain(balloon).collect()
+        let vsock = self.vsock.clone().map(DeviceConfig::Vsock);
+        rng.into_iter().chain(disks).chain(networks).chain(balloon).chain(vsock).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod block;
 pub mod device;
 pub mod net;
+pub mod vsock;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -4,6 +4,7 @@ mod balloon;
 mod block;
 mod net;
 mod transport;
+mod vsock;
 
 use super::node::Node;
 use super::record::{Reader, Record, to_node};
@@ -13,6 +14,7 @@ pub use balloon::BalloonV1;
 pub use block::{BlockV1, ImageKind};
 pub use net::NetV1;
 pub use transport::{QueueV1, VirtioMmioV1};
+pub use vsock::VsockV1;
 
 /// What a device has of its own. `compatible` says whose.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +27,8 @@ pub enum VirtioState {
     Net(NetV1),
     /// A balloon.
     Balloon(BalloonV1),
+    /// A vsock device.
+    Vsock(VsockV1),
 }
 
 impl VirtioState {
@@ -35,6 +39,7 @@ impl VirtioState {
             Self::Block(state) => to_node(names::VIRTIO_DEVICE, state),
             Self::Net(state) => to_node(names::VIRTIO_DEVICE, state),
             Self::Balloon(state) => to_node(names::VIRTIO_DEVICE, state),
+            Self::Vsock(state) => to_node(names::VIRTIO_DEVICE, state),
         }
     }
 
@@ -45,9 +50,16 @@ impl VirtioState {
             BlockV1::COMPATIBLE => Ok(Self::Block(reader.record()?)),
             NetV1::COMPATIBLE => Ok(Self::Net(reader.record()?)),
             BalloonV1::COMPATIBLE => Ok(Self::Balloon(reader.record()?)),
+            VsockV1::COMPATIBLE => Ok(Self::Vsock(reader.record()?)),
             found => {
-                let expected =
-                    [RngV1::COMPATIBLE, BlockV1::COMPATIBLE, NetV1::COMPATIBLE, BalloonV1::COMPATIBLE].join(" or ");
+                let expected = [
+                    RngV1::COMPATIBLE,
+                    BlockV1::COMPATIBLE,
+                    NetV1::COMPATIBLE,
+                    BalloonV1::COMPATIBLE,
+                    VsockV1::COMPATIBLE,
+                ]
+                .join(" or ");
                 Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
             }
         }

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use super::block::{BlockConfig, BlockConfigError};
 use super::net::{NetConfig, NetConfigError};
+use super::vsock::{VsockConfig, VsockConfigError};
 
 /// So many devices have a place in the guest's address space and an interrupt.
 pub const DEVICES_MAX: usize = 16;
@@ -20,6 +21,8 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A balloon.
     Balloon,
+    /// Sockets between the guest and its host.
+    Vsock(VsockConfig),
 }
 
 /// A device that is none.
@@ -34,6 +37,9 @@ pub enum DeviceConfigError {
     /// A network that is none.
     #[error("a device cannot be understood")]
     Net(#[from] NetConfigError),
+    /// A vsock device that is none.
+    #[error("a device cannot be understood")]
+    Vsock(#[from] VsockConfigError),
 }
 
 impl FromStr for DeviceConfig {
@@ -45,6 +51,7 @@ impl FromStr for DeviceConfig {
             None if text == "balloon" => Ok(Self::Balloon),
             Some(("block", words)) => Ok(Self::Block(words.parse()?)),
             Some(("net", words)) => Ok(Self::Net(words.parse()?)),
+            Some(("vsock", words)) => Ok(Self::Vsock(words.parse()?)),
             _ => Err(DeviceConfigError::Kind(text.to_owned())),
         }
     }
@@ -57,6 +64,7 @@ impl fmt::Display for DeviceConfig {
             Self::Block(config) => write!(out, "block:{config}"),
             Self::Net(config) => write!(out, "net:{config}"),
             Self::Balloon => write!(out, "balloon"),
+            Self::Vsock(config) => write!(out, "vsock:{config}"),
         }
     }
 }
@@ -67,10 +75,16 @@ mod tests {
 
     #[test]
     fn device_round_trips_and_an_unknown_one_is_refused() {
-        for text in ["rng", "block:/a:b.img,readonly", "net:tap=a,mac=02:00:00:00:00:01", "balloon"] {
+        for text in [
+            "rng",
+            "block:/a:b.img,readonly",
+            "net:tap=a,mac=02:00:00:00:00:01",
+            "balloon",
+            "vsock:cid=3,socket=/a:b",
+        ] {
             assert_eq!(text.parse::<DeviceConfig>().unwrap().to_string(), text);
         }
-        for text in ["", "rng:", "block", "block:", "net", "net:", "gpu:/a", "Rng", "balloon:"] {
+        for text in ["", "rng:", "block", "block:", "net", "net:", "vsock", "vsock:", "gpu:/a", "Rng", "balloon:"] {
             assert!(text.parse::<DeviceConfig>().is_err(), "{text}");
         }
     }

@@ -12,6 +12,7 @@ mod mock;
 pub mod net;
 pub mod rng;
 mod serve;
+pub mod vsock;
 pub mod worker;
 
 use std::io;
@@ -26,6 +27,7 @@ use self::balloon::Balloon;
 use self::block::Block;
 use self::net::Net;
 use self::rng::Rng;
+use self::vsock::Vsock;
 use crate::config::device::DeviceConfig;
 
 /// What can go wrong with a virtio device.
@@ -66,6 +68,7 @@ pub fn build(config: &DeviceConfig, balloon: &Arc<balloon::Control>) -> Result<B
         DeviceConfig::Block(config) => Box::new(Block::new(config)?),
         DeviceConfig::Net(config) => Box::new(Net::new(config)?),
         DeviceConfig::Balloon => Box::new(Balloon::new(balloon)),
+        DeviceConfig::Vsock(config) => Box::new(Vsock::new(config)?),
     })
 }
 
