@@ -397,7 +397,8 @@ mod tests {
 
     #[test]
     fn devices_are_in_the_order_given_kind_by_kind() {
-        let line = "vmm run --name a --kernel k --balloon --net tap=t --disk /b,id=x --rng --disk /a,readonly --net tap=s";
+        let line =
+            "vmm run --name a --kernel k --balloon --net tap=t --disk /b,id=x --rng --disk /a,readonly --net tap=s";
         let Command::Run(arguments) = Cli::try_parse_from(line.split(' ')).unwrap().command else { panic!("{line}") };
         let devices: Vec<_> = arguments.devices().iter().map(ToString::to_string).collect();
         assert_eq!(devices, ["rng", "block:/b,id=x", "block:/a,readonly", "net:tap=t", "net:tap=s", "balloon"]);

@@ -75,13 +75,9 @@ mod tests {
 
     #[test]
     fn device_round_trips_and_an_unknown_one_is_refused() {
-        for text in [
-            "rng",
-            "block:/a:b.img,readonly",
-            "net:tap=a,mac=02:00:00:00:00:01",
-            "balloon",
-            "vsock:cid=3,socket=/a:b",
-        ] {
+        for text in
+            ["rng", "block:/a:b.img,readonly", "net:tap=a,mac=02:00:00:00:00:01", "balloon", "vsock:cid=3,socket=/a:b"]
+        {
             assert_eq!(text.parse::<DeviceConfig>().unwrap().to_string(), text);
         }
         for text in ["", "rng:", "block", "block:", "net", "net:", "vsock", "vsock:", "gpu:/a", "Rng", "balloon:"] {
