@@ -1,12 +1,20 @@
 //! `cargo xtask test`: everything that must hold, the fastest first; the test runner's summary comes last.
 use crate::architecture::Architecture;
 use crate::cargo::{Target, cargo};
+use crate::debian::{self, Release};
 use crate::products::{self, BUILT, ORACLE, Products};
 use crate::run;
 use crate::setup::{self, tools};
 use anyhow::{Context, Result};
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+/// Set for a full run, which takes hours in an emulated host: with the tests in modules called `full`.
+const FULL: &str = "KHO_VMM_FULL";
+
+fn is_full() -> bool {
+    std::env::var_os(FULL).is_some_and(|value| value == "1")
+}
 
 /// The steps that were taken, with their times.
 #[derive(Default)]
@@ -51,6 +59,7 @@ pub fn all(architectures: &[Architecture]) -> Result<()> {
     for &architecture in architectures {
         let name = architecture.name();
         steps.take(format!("programs for the lab, {name}"), || programs(architecture))?;
+        steps.take(format!("images of Debian, {name}"), || images(architecture))?;
     }
     for &architecture in &foreign {
         let emulator = architecture.user_emulator().0;
@@ -70,6 +79,7 @@ pub fn end_to_end(architectures: &[Architecture], filters: &[String]) -> Result<
     for &architecture in architectures {
         setup::run(architecture)?;
         programs(architecture)?;
+        images(architecture)?;
     }
     tests(architectures, tools::has("nextest"), &["--package", "tests", "--test", "e2e"], filters)
 }
@@ -78,6 +88,16 @@ pub fn end_to_end(architectures: &[Architecture], filters: &[String]) -> Result<
 fn programs(architecture: Architecture) -> Result<()> {
     Products::build(architecture)?;
     products::unit_tests(architecture)?;
+    Ok(())
+}
+
+/// The images that the tests of this run boot.
+fn images(architecture: Architecture) -> Result<()> {
+    let quick = |release| (architecture, release) == (Architecture::X86_64, Release::Trixie);
+    for release in debian::releases().into_iter().filter(|&release| is_full() || quick(release)) {
+        setup::for_images(architecture)?;
+        debian::image(architecture, release)?;
+    }
     Ok(())
 }
 
@@ -136,6 +156,10 @@ fn tests(architectures: &[Architecture], nextest: bool, selection: &[&str], filt
     // Each end-to-end test exists once per architecture, in a module of that name.
     for other in Architecture::ALL.iter().filter(|architecture| !architectures.contains(architecture)) {
         command.args(["--skip", &format!("::{}::", other.name())]);
+    }
+    if !is_full() {
+        command.args(["--skip", "::full::"]);
+        println!("the tests in modules called `full` are left out: they take hours, and run with {FULL}=1");
     }
     // An error says where it came from by itself; thirty frames of the runner would hide it.
     run::loudly(command.env(BUILT, "yes").env("RUST_LIB_BACKTRACE", "0"))

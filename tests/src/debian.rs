@@ -1,12 +1,12 @@
 //! Disk images of Debian with its own kernel, made once and cached: a guest that nobody has prepared for this monitor.
 //!
 //! mmdebstrap installs into an archive, `mke2fs -d` makes a file system of what is in it. That takes root, but no loop device.
-mod emulation;
+pub mod emulation;
 mod release;
 
 use crate::architecture::Architecture;
 use crate::setup::apt;
-use crate::{paths, run};
+use crate::{kernels, paths, run};
 use anyhow::{Context, Result, bail, ensure};
 pub use release::{Release, releases};
 use std::fs;
@@ -15,7 +15,7 @@ use std::process::Command;
 
 /// What makes an image, with the Debian packages that bring it.
 pub const TOOLS: &[(&str, &str)] = &[("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs")];
-/// Counts up when images are made in another way: the older ones are not used any more.
+/// Counts up when images are made in another way that does not show in [`recipe`]: the older ones are not used any more.
 const EDITION: u32 = 1;
 /// Size of the file system in MiB; what is not used takes no room.
 const SIZE: u32 = 512;
@@ -23,6 +23,11 @@ const SIZE: u32 = 512;
 const PACKAGES: &str = "systemd,systemd-sysv,udev,dbus,login,kmod,iproute2,initramfs-tools,zstd";
 /// What a guest in the lab never reads.
 const LEFT_OUT: &[&str] = &["/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/i18n/*"];
+
+/// The file that says what an image was made from.
+const RECIPE: &str = "recipe";
+/// The file that holds the release of its kernel.
+const VERSION: &str = "version";
 
 /// An image and what boots it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,17 +43,32 @@ pub struct Image {
 }
 
 /// What the kernel has to be told to boot an image from a VM's first disk.
-pub const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw";
+pub const COMMAND_LINE: &str = "console=ttyS0 root=/dev/vda rw quiet";
 
+/// Where the image of a release is kept: where the kernels are, when something may be added there, else in the user's cache.
 fn folder(architecture: Architecture, release: Release) -> Result<PathBuf> {
-    Ok(paths::cache()?.join(format!("debian-{EDITION}-{}-{}", release.codename(), architecture.name())))
+    let kernels = kernels::folder().filter(|folder| fs::metadata(folder).is_ok_and(|it| !it.permissions().readonly()));
+    let cache = kernels.map_or_else(paths::cache, Ok)?;
+    Ok(cache.join(format!("debian-{}-{}", release.codename(), architecture.name())))
+}
+
+/// All that an image is made from but the archive's state. It lies beside the image, and one with another is made anew.
+fn recipe(architecture: Architecture, release: Release) -> String {
+    let [codename, debian, left_out] = [release.codename(), architecture.debian(), &LEFT_OUT.join(" ")];
+    format!(
+        "edition {EDITION}\nrelease {codename}\narchitecture {debian}\nsize {SIZE}M\npackages {PACKAGES}\nleft out {left_out}\n"
+    )
 }
 
 /// An image that was made earlier.
 pub fn cached(architecture: Architecture, release: Release) -> Result<Option<Image>> {
     let folder = folder(architecture, release)?;
     let file = |name: &str| folder.join(name);
-    let Ok(version) = fs::read_to_string(file("version")) else { return Ok(None) };
+    let made = fs::read_to_string(file(RECIPE)).is_ok_and(|found| found == recipe(architecture, release));
+    if !made {
+        return Ok(None);
+    }
+    let version = fs::read_to_string(file(VERSION)).context("an image says nothing of its kernel")?;
     Ok(Some(Image { disk: file("disk"), kernel: file("vmlinuz"), initrd: file("initrd"), version }))
 }
 
@@ -80,8 +100,9 @@ fn make(architecture: Architecture, release: Release) -> Result<()> {
     command.args(["-q", "-t", "ext4", "-L", "debian", "-d"]).arg(&root).arg(work.join("disk"));
     run::quietly(command.arg(format!("{SIZE}M")))?;
     fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))?;
+    write(&work.join(VERSION), &version)?;
     // The last file: without it the image is not whole.
-    write(&work.join("version"), &version)?;
+    write(&work.join(RECIPE), &recipe(architecture, release))?;
     fs::rename(&work, &target).with_context(|| format!("cannot rename {}", work.display()))
 }
 

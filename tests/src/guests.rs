@@ -1,10 +1,12 @@
 //! The guests that run on the lab's host, and what their serial ports tell.
+mod console;
 mod log;
 
 use crate::architecture::Architecture;
 use crate::host::{Host, PATIENCE, Process, Side};
 use crate::link::SHARE;
 use anyhow::{Context, Result, bail};
+pub use console::Console;
 pub use log::{Load, Log};
 
 /// Which of the two guests.

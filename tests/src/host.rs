@@ -61,6 +61,8 @@ pub struct HostConfig {
     /// Taps, each plugged into a bridge with a network that outlives every kexec, as a switch would; none for no network at all.
     /// The build machine is 10.0.2.2 there.
     pub taps: Vec<String>,
+    /// A disk image of the build machine of which the host gets a copy that outlives every kexec: the next disk after that.
+    pub image: Option<PathBuf>,
     /// The two kernels it can run.
     pub kernels: Kernels,
     /// The programs it carries.
@@ -79,6 +81,7 @@ impl HostConfig {
             cpus: architecture.host_cpus(accelerator),
             disk: 0,
             taps: Vec::new(),
+            image: None,
             kernels: kernels::pair(architecture)?,
             products: Products::build(architecture)?,
         })
@@ -92,6 +95,11 @@ impl HostConfig {
     /// The same with a network, and taps of these names.
     pub fn with_taps(self, taps: &[&str]) -> Self {
         Self { taps: taps.iter().map(ToString::to_string).collect(), ..self }
+    }
+
+    /// The same with a copy of a disk image.
+    pub fn with_image(self, image: &Path) -> Self {
+        Self { image: Some(image.to_owned()), ..self }
     }
 
     fn folder(&self) -> PathBuf {
@@ -263,6 +271,11 @@ impl Host {
     /// What has passed between the host and the network behind it.
     pub fn traffic(&self) -> Result<Vec<capture::Frame>> {
         capture::read(&self.folder.join(qemu::CAPTURE))
+    }
+
+    /// The host's copy of the image it was given, as the build machine sees it. Another's as soon as the host has powered off.
+    pub fn image_copy(&self) -> PathBuf {
+        qemu::image_copy(&self.folder)
     }
 
     /// Where a kernel's image is in the host.

@@ -123,7 +123,7 @@ pub fn foreign_busybox(architecture: Architecture) -> Result<PathBuf> {
 }
 
 /// Whether a 64-bit little-endian ELF program names no interpreter.
-fn is_static(elf: &[u8]) -> bool {
+pub fn is_static(elf: &[u8]) -> bool {
     const INTERPRETER: u32 = 3;
     let number = |at: usize, size: usize| -> Option<u64> {
         let bytes = elf.get(at..at.checked_add(size)?)?;

@@ -5,6 +5,7 @@ mod mounts;
 mod network;
 mod port;
 mod processes;
+pub mod terminal;
 
 use crate::arch::counter;
 use crate::link::{Answer, Ask, Hello, RESTORE, RESTORE_OPTIONS, Request, SHARE, Say, TAPS};

@@ -35,9 +35,14 @@ pub fn series(version: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
+/// The folder that somebody has named for kernels.
+pub fn folder() -> Option<PathBuf> {
+    std::env::var_os("KHO_VMM_KERNELS").map(PathBuf::from)
+}
+
 /// The folders that may hold kernels, the first to be preferred.
 fn folders() -> Result<Vec<PathBuf>> {
-    Ok(std::env::var_os("KHO_VMM_KERNELS").map(PathBuf::from).into_iter().chain([paths::cache()?]).collect())
+    Ok(folder().into_iter().chain([paths::cache()?]).collect())
 }
 
 /// The two newest cached kernels, when there are two that honour our configuration.

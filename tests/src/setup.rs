@@ -4,6 +4,7 @@ pub mod rust;
 pub mod tools;
 
 use crate::architecture::Architecture;
+use crate::debian::emulation;
 use crate::kernels::{self, build};
 use crate::{debian, emulator, image, paths};
 use anyhow::{Context, Result, bail};
@@ -44,9 +45,22 @@ const KERNEL_TOOLS: &[(&str, &str)] = &[
 
 /// Makes this machine ready for making images of Debian. Quick when it is ready already.
 pub fn for_images(architecture: Architecture) -> Result<()> {
-    let mut needs = missing(debian::TOOLS, "to make images of Debian");
-    needs.extend(user_emulator(architecture));
-    bring(architecture, needs, |_| Ok(missing(debian::TOOLS, "to make images of Debian")))
+    let needs = |architecture: Architecture| {
+        let mut needs = missing(debian::TOOLS, "to make images of Debian");
+        if !architecture.is_native() && emulation::emulator(architecture).is_none() {
+            needs.push(Need {
+                what: format!(
+                    "a static {}, to install {}'s packages",
+                    architecture.user_emulator().0,
+                    architecture.name()
+                ),
+                how: format!("install QEMU's emulators of single programs (Debian: {})", emulation::PACKAGE),
+                kind: Kind::Package(emulation::PACKAGE),
+            });
+        }
+        Ok(needs)
+    };
+    bring(architecture, needs(architecture)?, needs)
 }
 
 /// What runs programs of another architecture, when it is missing.

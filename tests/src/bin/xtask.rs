@@ -13,6 +13,7 @@ use tests::{check, debian, demo, kernels, products::Products, setup};
 #[command(name = "cargo xtask", bin_name = "cargo xtask", subcommand_required = true, arg_required_else_help = true)]
 #[command(after_help = "Environment:
   KHO_VMM_KERNELS   folder with the lab's kernels (vmlinuz-VERSION-ARCH and config-VERSION-ARCH), before ~/.cache/kho-vmm
+  KHO_VMM_FULL      1: the tests that take long run, too
   KHO_VMM_RUST_SRC  archive (tar.xz) of the Rust library's sources, where rustup cannot add a target
 
 Logs of the lab's hosts and guests are under target/lab.")]

@@ -1,12 +1,21 @@
 //! Running another architecture's programs on this machine as if they were its own, while an image is made.
 use crate::architecture::Architecture;
-use crate::paths;
+use crate::{image, paths};
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "/proc/sys/fs/binfmt_misc";
+/// Debian's package of emulators that need no libraries, of which an image's folder has only those of its own architecture.
+pub const PACKAGE: &str = "qemu-user-static";
+
+/// An emulator of an architecture's programs that needs no libraries. Its name depends on Debian's release.
+pub fn emulator(architecture: Architecture) -> Option<PathBuf> {
+    let (name, _) = architecture.user_emulator();
+    let found = [format!("{name}-static"), name.into()].into_iter().filter_map(|name| paths::program(&name));
+    found.into_iter().find(|path| fs::read(path).is_ok_and(|bytes| image::is_static(&bytes)))
+}
 
 /// The emulator as the kernel knows it. Forgotten with its value.
 pub struct Registration {
@@ -16,8 +25,8 @@ pub struct Registration {
 impl Registration {
     /// Registers the emulator, unless it is this machine's architecture or somebody has done so already.
     pub fn of(architecture: Architecture) -> Result<Self> {
-        let (emulator, _) = architecture.user_emulator();
-        if architecture.is_native() || Path::new(FOLDER).join(emulator).exists() {
+        let (name, _) = architecture.user_emulator();
+        if architecture.is_native() || Path::new(FOLDER).join(name).exists() {
             return Ok(Self { entry: None });
         }
         let register = Path::new(FOLDER).join("register");
@@ -25,7 +34,7 @@ impl Registration {
             mount("binfmt_misc", FOLDER, "binfmt_misc", MountFlags::empty(), None)
                 .with_context(|| format!("cannot mount {FOLDER}"))?;
         }
-        let path = paths::program(emulator).with_context(|| format!("there is no {emulator} on this machine"))?;
+        let path = emulator(architecture).with_context(|| format!("there is no static {name} on this machine"))?;
         let name = format!("kho-vmm-{}", architecture.name());
         let entry = Path::new(FOLDER).join(&name);
         if entry.exists() {

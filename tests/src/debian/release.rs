@@ -17,6 +17,14 @@ impl Release {
             Self::Trixie => "trixie",
         }
     }
+
+    /// With which its version begins.
+    pub fn number(self) -> &'static str {
+        match self {
+            Self::Bookworm => "12",
+            Self::Trixie => "13",
+        }
+    }
 }
 
 /// All of them, the newest first.

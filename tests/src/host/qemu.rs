@@ -2,19 +2,30 @@
 use super::HostConfig;
 use super::capture::FRAME_KEPT;
 use crate::architecture::Accelerator;
-use crate::emulator;
 use crate::link::{PORT, SHARE_TAG};
+use crate::{emulator, run};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// The file in a host's folder with the frames that its network has seen.
 pub const CAPTURE: &str = "network.pcap";
+
+/// Where a host's copy of a disk image is.
+pub fn image_copy(folder: &Path) -> PathBuf {
+    folder.join("image")
+}
+
+fn add_disk(command: &mut Command, id: &str, image: &Path) {
+    // It has to outlive the host's kernel, not this machine's.
+    let drive = format!("if=none,id={id},format=raw,cache=unsafe,file={}", image.display());
+    command.args(["-drive", &drive, "-device", &format!("virtio-blk-pci,drive={id}")]);
+}
 
 /// A running emulator. Dies with its value, and with the thread that started it.
 pub struct Qemu {
@@ -46,9 +57,12 @@ impl Qemu {
             let image = folder.join("disk.img");
             let made = File::create(&image).and_then(|file| file.set_len(u64::from(config.disk) << 20));
             made.with_context(|| format!("cannot make {}", image.display()))?;
-            // It has to outlive the host's kernel, not this machine's.
-            let drive = format!("if=none,id=disk,format=raw,cache=unsafe,file={}", image.display());
-            command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=disk"]);
+            add_disk(&mut command, "disk", &image);
+        }
+        if let Some(image) = &config.image {
+            let copy = image_copy(folder);
+            run::quietly(Command::new("cp").arg("--sparse=always").args([image, &copy]))?;
+            add_disk(&mut command, "image", &copy);
         }
         if !config.taps.is_empty() {
             command.args(["-netdev", "user,id=network,ipv6=off"]);

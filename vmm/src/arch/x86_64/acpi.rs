@@ -20,6 +20,10 @@ const OEM: [u8; 6] = *b"KHOVMM";
 const OEM_TABLE: [u8; 8] = *b"KHOVMM  ";
 const REVISION: u32 = 1;
 
+/// What a PC has and this machine has not (ACPI 6.5, 5.2.9.3): there is nothing to look for, which takes a guest seconds.
+const NO_VGA: u16 = 1 << 2;
+const NO_CMOS_CLOCK: u16 = 1 << 5;
+
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 
@@ -64,6 +68,7 @@ pub fn write(memory: &GuestMemoryMmap, cpus: u32, slots: usize) -> Result<u64, B
         .flag(Flags::Wbinvd)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_CLOCK).into();
     fadt.reset_reg = register(power::RESET);
     fadt.reset_value = power::RESET_VALUE;
     fadt.sleep_control_reg = register(power::SLEEP_CONTROL);

@@ -127,6 +127,27 @@ fn supported(kvm: &Kvm) -> Result<CpuId, ArchError> {
     Ok(cpuid)
 }
 
+/// Whose processor the guest knows, as far as it makes a difference to what its state means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    /// AMD, or Hygon, whose processors are AMD's.
+    Amd,
+    /// Any other.
+    Other,
+}
+
+impl Vendor {
+    /// The vendor in a CPUID.
+    pub fn of(cpuid: &CpuId) -> Self {
+        let leaf = cpuid.as_slice().iter().find(|entry| entry.function == 0);
+        let name = leaf.map(|leaf| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat());
+        match name.as_deref() {
+            Some(b"AuthenticAMD" | b"HygonGenuine") => Self::Amd,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// As a payload of the document.
 pub fn encode(cpuid: &CpuId) -> Vec<u8> {
     cpuid.as_slice().as_bytes().to_vec()
@@ -224,6 +245,20 @@ mod tests {
         assert_eq!(find(&alone, 1, 0).edx & LEAF1_EDX_HYPER_THREADING, 0);
         assert_eq!(find(&alone, 0x8000_0001, 0).ecx & EXTENDED1_ECX_CMP_LEGACY, 0);
         assert_eq!(find(&alone, 0xb, 1).ebx, 1);
+    }
+
+    #[test]
+    fn vendor_is_the_one_in_the_first_leaf() {
+        let of = |name: &[u8; 12]| {
+            let part = |at: usize| u32::from_le_bytes(std::array::from_fn(|index| name[at + index]));
+            let first = kvm_cpuid_entry2 { ebx: part(0), edx: part(4), ecx: part(8), ..Default::default() };
+            Vendor::of(&CpuId::from_entries(&[entry(1, 2), first]).unwrap())
+        };
+        assert_eq!(
+            (of(b"AuthenticAMD"), of(b"HygonGenuine"), of(b"GenuineIntel")),
+            (Vendor::Amd, Vendor::Amd, Vendor::Other)
+        );
+        assert_eq!(Vendor::of(&CpuId::from_entries(&[]).unwrap()), Vendor::Other);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::super::ArchError;
+use super::cpuid::Vendor;
 
 /// The TSC itself travels as an offset: written as a value it would stand still during the update, and KVM would take near
 /// equal writes on several vCPUs for an attempt to synchronize them.
@@ -89,6 +90,17 @@ pub fn restore(vcpu: &VcpuFd, saved: &[(u32, u64)]) -> Result<(), ArchError> {
     Ok(())
 }
 
+/// What of an MSR's value a processor of that vendor has. AMD's know SYSENTER in 32-bit code only and have half of its stack and
+/// entry point. Linux writes whole addresses all the same; emulated processors may keep them, but KVM puts back what is real.
+pub fn seen(index: u32, value: u64, vendor: Vendor) -> u64 {
+    const IA32_SYSENTER_ESP: u32 = 0x175;
+    const IA32_SYSENTER_EIP: u32 = 0x176;
+    match (vendor, index) {
+        (Vendor::Amd, IA32_SYSENTER_ESP | IA32_SYSENTER_EIP) => value & u64::from(u32::MAX),
+        _ => value,
+    }
+}
+
 /// Whether an MSR may differ between two reads of a vCPU that does not run: it counts time, or tells what the kernel takes
 /// the TSC's frequency for, which each kernel estimates anew (the document's own figure is compared with a tolerance).
 pub fn is_volatile(index: u32) -> bool {
@@ -107,4 +119,19 @@ pub fn is_volatile(index: u32) -> bool {
             | HYPERV_TIME_REF_COUNT
             | HYPERV_TSC_FREQUENCY
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_half_of_sysenters_addresses_counts_and_only_on_amd() {
+        const ADDRESS: u64 = 0xffff_fe37_0dbd_b000;
+        for index in [0x175, 0x176] {
+            assert_eq!(seen(index, ADDRESS, Vendor::Amd), 0x0dbd_b000);
+            assert_eq!(seen(index, ADDRESS, Vendor::Other), ADDRESS);
+        }
+        assert_eq!(seen(0x174, ADDRESS, Vendor::Amd), ADDRESS);
+    }
 }

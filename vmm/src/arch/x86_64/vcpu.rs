@@ -9,6 +9,7 @@ use zerocopy::IntoBytes;
 
 use super::super::{ArchError, payload_struct};
 use super::boot::Entry;
+use super::cpuid::Vendor;
 use super::msr::{self, MsrList};
 use super::{cpuid, ioctl};
 
@@ -232,8 +233,10 @@ impl VcpuArch {
             lapic
         };
         compare("LAPIC", &still(&wanted.lapic), &still(&found.lapic));
+        let vendor = Vendor::of(&cpuid::decode(&wanted.cpuid)?);
         for (wanted, found) in wanted.msrs.iter().zip(&found.msrs) {
-            if wanted != found && !msr::is_volatile(wanted.0) {
+            let seen = |entry: &(u32, u64)| (entry.0, msr::seen(entry.0, entry.1, vendor));
+            if seen(wanted) != seen(found) && !msr::is_volatile(wanted.0) {
                 differences.push(format!("MSR {:#x}: {:#x}, not {:#x}", found.0, found.1, wanted.1));
             }
         }
