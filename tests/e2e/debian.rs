@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tests::architecture::Architecture;
 use tests::debian::{self, Image, Release};
-use tests::guests::Console;
+use tests::guests::{Console, PROMPT};
 use tests::host::{Host, HostConfig, PATIENCE, Process, Side};
 use tests::link::SHARE;
 use tests::operator::{self, Update};
@@ -23,9 +23,31 @@ mod full {
         debian_13_boots_is_logged_into_lives_through_an_update_and_powers_off
         debian_12_with_its_older_kernel_does_all_that_too
     }
+    mod status {
+        use super::*;
+        on_each_architecture![debian_13_that_powers_off_ends_its_vmm_run_with_success];
+    }
 
     fn debian_12_with_its_older_kernel_does_all_that_too(architecture: Architecture) -> Result<()> {
         from_login_to_power_off(architecture, Release::Bookworm)
+    }
+
+    /// The same `vmm run` from the beginning to the end, whose exit status tells the operator that the guest has powered off.
+    fn debian_13_that_powers_off_ends_its_vmm_run_with_success(architecture: Architecture) -> Result<()> {
+        let image =
+            debian::cached(architecture, Release::Trixie)?.context("there is no image: run `cargo xtask image`")?;
+        let config = HostConfig::new("trixie-status", architecture, 1536)?.with_image(&image.disk);
+        Host::with(config, |host| {
+            let (mut console, process) = boot(host, &image)?;
+            log_in(host, &mut console)?;
+            console.type_line(host, "systemctl poweroff")?;
+            console.await_end(host)?;
+            let ended = host.wait(&process)?;
+            ensure!(ended.code == Some(0), "{ended}");
+            host.power_off()?;
+            check_disk(host)?;
+            fs::remove_file(host.image_copy()).context("cannot remove the host's copy of the image")
+        })
     }
 }
 
@@ -42,8 +64,8 @@ fn debian_13_boots_is_logged_into_lives_through_an_update_and_powers_off(archite
 fn from_login_to_power_off(architecture: Architecture, release: Release) -> Result<()> {
     let image = debian::cached(architecture, release)?.context("there is no image: run `cargo xtask image`")?;
     let config = HostConfig::new(release.codename(), architecture, 1536)?.with_image(&image.disk);
-    let copy = Host::with(config, |host| {
-        let (mut console, process) = boot(host, &image)?;
+    Host::with(config, |host| {
+        let (mut console, _process) = boot(host, &image)?;
         log_in(host, &mut console)?;
         check_system(host, &mut console, &image, release)?;
 
@@ -63,15 +85,21 @@ fn from_login_to_power_off(architecture: Architecture, release: Release) -> Resu
         console.type_line(host, "systemctl poweroff")?;
         console.await_end(host)?;
         host.wait_until("the VM's end", PATIENCE, |host| Ok(operator::list(host)?.is_empty().then_some(())))?;
-        drop(process);
         host.power_off()?;
-        Ok(host.image_copy())
-    })?;
-    // The guest has left nothing to be repaired, not even by its journal, and what it has written last is there.
-    run::quietly(Command::new("e2fsck").arg("-fn").arg(&copy))?;
-    let said = run::quietly(Command::new("debugfs").args(["-R", "cat /root/later"]).arg(&copy))?;
-    ensure!(said == "later\n", "the image has: {said}");
-    fs::remove_file(&copy).with_context(|| format!("cannot remove {}", copy.display()))
+        check_disk(host)?;
+        let said = run::quietly(Command::new("debugfs").args(["-R", "cat /root/later"]).arg(host.image_copy()))?;
+        ensure!(said == "later\n", "the image has: {said}");
+        fs::remove_file(host.image_copy()).context("cannot remove the host's copy of the image")
+    })
+}
+
+/// The guest has left nothing to be repaired on its disk, not even by its journal. The host must have powered off.
+fn check_disk(host: &Host) -> Result<()> {
+    let disk = host.image_copy();
+    let said = run::quietly(Command::new("e2fsck").arg("-fn").arg(&disk))?;
+    let features = run::quietly(Command::new("dumpe2fs").arg("-h").arg(&disk))?;
+    ensure!(!features.contains("needs_recovery"), "its journal has to be replayed: {said}");
+    Ok(())
 }
 
 /// Starts the guest as an operator would who has an image, and the kernel and initrd that are in it.
@@ -92,7 +120,7 @@ fn log_in(host: &mut Host, console: &mut Console) -> Result<()> {
     console.await_text(host, " login: ")?;
     eprintln!("asks for a login after {:.0} s", start.elapsed().as_secs_f64());
     console.type_line(host, "root")?;
-    console.await_text(host, "# ")?;
+    console.await_text(host, PROMPT)?;
     eprintln!("is logged in after {:.0} s", start.elapsed().as_secs_f64());
     let state = console.run(host, "systemctl is-system-running --wait")?;
     eprintln!("is {} after {:.0} s", state.trim(), start.elapsed().as_secs_f64());

@@ -6,7 +6,7 @@ use crate::architecture::Architecture;
 use crate::host::{Host, PATIENCE, Process, Side};
 use crate::link::SHARE;
 use anyhow::{Context, Result, bail};
-pub use console::Console;
+pub use console::{Console, PROMPT};
 pub use log::{Load, Log};
 
 /// Which of the two guests.

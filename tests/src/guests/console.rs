@@ -8,6 +8,8 @@ use std::time::Duration;
 
 /// How many bytes a serial port takes at once. What is typed faster than the guest reads is lost, as on a real line.
 const LINE_MAXIMUM: usize = 64;
+/// The end of what root's shell says before it reads a line.
+pub const PROMPT: &str = "# ";
 /// How much of what the guest has said last is shown after a failure.
 const TAIL: usize = 600;
 
@@ -91,6 +93,8 @@ impl Console {
         self.type_line(host, &format!("{command}; echo \"=$?=\""))?;
         let what = format!("the end of `{command}` in {}", self.guest);
         let (said, status) = self.await_match(host, &what, status)?;
+        // What is typed before the shell asks for it comes back twice.
+        self.await_text(host, PROMPT)?;
         let (_, output) = said.split_once('\n').unwrap_or_default();
         ensure!(status == 0, "`{command}` in {} ended with exit status {status}: {output}", self.guest);
         Ok(output.to_owned())
