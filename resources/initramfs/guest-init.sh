@@ -10,13 +10,14 @@
 #   lab.cpus=N               how many processors it must find
 #   lab.net=ADDRESS/BITS     its network card's address
 #   lab.memory=MIB          memory to fill where there is some to spare, and to read back
+#   lab.data=DEVICE          a file system for /data
 #   lab.load=KIND,OPTION,... a load, run by lab-load, which speaks for itself; any number of times
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng= cpus= net= memory= loads=
+lines=0 end=poweroff disk= rng= cpus= net= memory= data= loads=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -25,6 +26,7 @@ for word in $(cat /proc/cmdline); do
     lab.disk=*) disk=/dev/${word#*=} ;;
     lab.rng=*) rng=${word#*=} ;;
     lab.net=*) net=${word#*=} ;;
+    lab.data=*) data=/dev/${word#*=} ;;
     lab.load=*) loads=1 ;;
     lab.cpus=*) cpus=${word#*=} ;;
     lab.memory=*) memory=${word#*=} ;;
@@ -117,6 +119,7 @@ place=
 if [ -n "$net" ]; then
   ip addr add "$net" dev eth0 && ip link set eth0 up || echo "DAMAGE net address=$net"
 fi
+[ -z "$data" ] || mount -t ext4 "$data" /data || echo "DAMAGE data device=$data"
 [ -z "$loads" ] || lab-load together &
 
 online=$(grep -c '^processor' /proc/cpuinfo)

@@ -81,7 +81,7 @@ pub fn host(architecture: Architecture, products: &Products, target: &Path) -> R
     image.add_program("init", &products.init)?;
     image.add_program("bin/vmm", &products.vmm)?;
     image.add_busybox(architecture)?;
-    for folder in ["dev", "proc", "sys", "run", "tmp", "share"] {
+    for folder in ["data", "dev", "proc", "sys", "run", "tmp", "share"] {
         image.add(folder, Content::Folder);
     }
     image.pack(target)
@@ -93,10 +93,19 @@ pub fn guest(architecture: Architecture, products: &Products, target: &Path) -> 
     image.add_busybox(architecture)?;
     image.add_program("bin/lab-load", &products.load)?;
     image.add_program("init", &paths::workspace().join("resources/initramfs/guest-init.sh"))?;
-    for folder in ["dev", "proc", "sys", "tmp"] {
+    for folder in ["data", "dev", "proc", "sys", "tmp"] {
         image.add(folder, Content::Folder);
     }
     image.pack(target)
+}
+
+/// An empty ext4 file system of so many MiB.
+pub fn file_system(target: &Path, mib: u32) -> Result<()> {
+    if let Some(folder) = target.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    run::quietly(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(target).arg(format!("{mib}M")))?;
+    Ok(())
 }
 
 /// A statically linked busybox for `architecture`: this machine's own, or what set-up has brought.
