@@ -38,3 +38,4 @@ mod processors;
 mod script;
 mod time;
 mod upgrade;
+mod vsock;

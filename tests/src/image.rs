@@ -75,11 +75,12 @@ impl Image {
     }
 }
 
-/// The initramfs of the lab's host: PID 1, `vmm` and a shell.
+/// The initramfs of the lab's host: PID 1, `vmm`, a shell, and the other end of guests' loads.
 pub fn host(architecture: Architecture, products: &Products, target: &Path) -> Result<()> {
     let mut image = Image::default();
     image.add_program("init", &products.init)?;
     image.add_program("bin/vmm", &products.vmm)?;
+    image.add_program("bin/lab-load", &products.load)?;
     image.add_busybox(architecture)?;
     for folder in ["data", "dev", "proc", "sys", "run", "tmp", "share"] {
         image.add(folder, Content::Folder);

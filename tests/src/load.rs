@@ -126,6 +126,27 @@ enum Kind {
         #[arg(long)]
         port: u32,
     },
+    /// An echo for the host's `reach` to connect to
+    Answer {
+        /// The port
+        #[arg(long)]
+        port: u32,
+    },
+    /// On the host: connect to the guest's `answer`
+    Reach {
+        /// The UNIX socket of the guest's vsock
+        #[arg(long)]
+        socket: PathBuf,
+        /// The guest's port
+        #[arg(long)]
+        port: u32,
+        /// How much to send and get back
+        #[arg(long, default_value_t = 1)]
+        kib: u64,
+        /// Then stay connected
+        #[arg(long)]
+        stay: bool,
+    },
     /// The host's end of `vsock`
     Echo {
         /// The UNIX socket to listen on
@@ -169,6 +190,8 @@ fn run(Arguments { rhythm, kind }: Arguments) -> Result<()> {
         Kind::Stream { peer, kib_per_second } => stream::run(peer, kib_per_second << 10, &mut report("stream")),
         Kind::Peer { listen } => stream::serve(TcpListener::bind(listen)?),
         Kind::Vsock { cid, port } => vsock::run(cid, port, &mut report("vsock")),
+        Kind::Answer { port } => vsock::answer(port, &mut report("answer")),
+        Kind::Reach { socket, port, kib, stay } => vsock::reach(&socket, port, kib, stay),
         Kind::Echo { socket } => vsock::echo(&socket),
         Kind::Together { loads } => together::run(&loads),
     }
