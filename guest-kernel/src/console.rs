@@ -11,7 +11,7 @@ use crate::{arch, processors};
 const DAMAGE_LINES: u32 = 100;
 
 /// For how many turns one CPU waits until another has said its line: one that stands still must not silence the others.
-const TURNS: u32 = 10_000_000;
+const TURNS: u32 = 1_000_000_000;
 
 static DAMAGE: AtomicU32 = AtomicU32::new(0);
 static BUSY: AtomicBool = AtomicBool::new(false);

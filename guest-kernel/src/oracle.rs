@@ -136,10 +136,13 @@ impl Oracle {
             ),
         });
         let watchdog = machine.watchdog().map(|seen| TickWatch::new(seen, options.lost_ms * khz));
+        let live = Live::new(processor, &settings);
+        // Only now, as no interrupt is taken while a line is written, which may take seconds.
+        processors::go();
         let around = Around { khz, machine, others, watchdog, pauses: 0, paused: false };
         Oracle {
             khz,
-            live: Live::new(processor, &settings),
+            live,
             around,
             ram: PhysicalMemory,
             scrubber: Scrubber::new(&boot.free, options.stride),

@@ -7,7 +7,7 @@ use guest_kernel::pattern::scramble;
 
 use crate::arch;
 use crate::console::damage;
-use crate::processors::{self, COUNTER, PROGRESS, Settings};
+use crate::processors::{self, COUNTER, LOST, PROGRESS, Settings};
 
 /// How often the CPU that is switched off and on has begun to run.
 static BEGINNINGS: AtomicU64 = AtomicU64::new(0);
@@ -46,7 +46,7 @@ pub struct Others {
 }
 
 impl Others {
-    /// Starts them one after the other.
+    /// Starts them one after the other. They wait for [`processors::go`].
     pub fn start(settings: &Settings) -> Self {
         processors::set_up(*settings);
         let mut others = Others { settings: *settings, seen: [0; MOST_CPUS], waited: [0; MOST_CPUS], cycled: None };
@@ -60,13 +60,12 @@ impl Others {
             others.await_start(number, || BEGINNINGS.load(Ordering::SeqCst) > 0);
             others.cycled = Some(Cycled { state: State::Runs, left: 0, beginnings: 1 });
         }
-        processors::go();
         others
     }
 
     /// Switches a CPU on, and waits.
     fn await_start(&mut self, number: usize, has_started: impl Fn() -> bool) {
-        let limit = self.settings.options.lost_ms * self.settings.khz;
+        let limit = LOST * self.settings.options.lost_ms * self.settings.khz;
         // A processor that is not ready yet ignores the first call.
         for _ in 0..2 {
             arch::switch_on(number);
@@ -88,7 +87,7 @@ impl Others {
 
     /// None must stand still. To be called after `ran` counts of running time.
     pub fn look(&mut self, ran: u64) {
-        let limit = 2 * self.settings.options.lost_ms * self.settings.khz;
+        let limit = LOST * self.settings.options.lost_ms * self.settings.khz;
         for (number, progress) in PROGRESS.iter().enumerate().take(self.settings.ring()).skip(1) {
             let progress = progress.load(Ordering::SeqCst);
             if progress != core::mem::replace(&mut self.seen[number], progress) {

@@ -10,6 +10,10 @@ use crate::arch;
 use crate::console::damage;
 use crate::irq_cell::IrqCell;
 
+/// An interrupt from another CPU, or a sign of life of one, takes so many times longer until it is lost than a tick: where CPUs have to
+/// take turns, as in an emulator, each waits for all others.
+pub const LOST: u64 = 4;
+
 /// The latest reading of the counter.
 pub static COUNTER: Latest = Latest::new();
 /// The latest reading of the host's clock.
@@ -97,7 +101,7 @@ pub struct Ring {
 impl Ring {
     /// The ring as this CPU sees it.
     pub fn new(khz: u64, lost_ms: u64) -> Self {
-        Ring { sender: Sender::new(lost_ms * khz), number: arch::number(), khz, lose: false, double: false }
+        Ring { sender: Sender::new(LOST * lost_ms * khz), number: arch::number(), khz, lose: false, double: false }
     }
 
     /// Sends the next one if the last has come and `send` says so.
