@@ -48,7 +48,7 @@ fn a_tcp_stream_to_a_peer_outside_of_the_host_goes_on_through_live_updates_and_t
     })
 }
 
-/// Neither the guest nor the monitor cut up and summed up what the host can, should it have to be done at all.
+/// The guest leaves it to the host to cut its stream into frames.
 fn check_offloads(host: &mut Host) -> Result<()> {
     let mut packets = |way: &str| -> Result<usize> {
         Ok(host.read(&format!("/sys/class/net/tap0/statistics/{way}_packets"))?.trim().parse()?)
@@ -60,7 +60,8 @@ fn check_offloads(host: &mut Host) -> Result<()> {
         "the guest has sent {from_guest} and received {to_guest} frames, which on the wire are {sent} of {}",
         frames.len()
     );
-    ensure!(from_guest * 2 < sent, "the guest sends {from_guest} frames, and the wire sees {sent}");
+    // Its acknowledgements are frames in any case.
+    ensure!(from_guest * 3 < sent * 2, "the guest sends {from_guest} frames, and the wire sees {sent}");
     Ok(())
 }
 

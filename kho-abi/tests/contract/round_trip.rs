@@ -12,7 +12,7 @@ use kho_abi::document::platform::PlatformState;
 use kho_abi::document::record::{from_node, to_node};
 use kho_abi::document::timeline::{Phase, TimelineV1};
 use kho_abi::document::vcpu::VcpuState;
-use kho_abi::document::virtio::{QueueV1, RngV1, VirtioMmioV1, VirtioState};
+use kho_abi::document::virtio::{NetV1, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
 use kho_abi::document::{EncodeError, fdt, header};
 use kho_abi::{names, tokens};
@@ -215,14 +215,24 @@ prop_compose! {
     }
 }
 
+fn virtio_device() -> impl Strategy<Value = VirtioState> {
+    // A group's address, and nobody's, is none that a device can have.
+    let mac = any::<[u8; 6]>().prop_map(|[first, rest @ ..]| {
+        let [a, b, c, d, e] = rest;
+        [first & 0xfc | 2, a, b, c, d, e]
+    });
+    let net = (mac, any::<bool>()).prop_map(|(mac, announce)| VirtioState::Net(NetV1 { mac, announce }));
+    prop_oneof![Just(VirtioState::Rng(RngV1)), net]
+}
+
 prop_compose! {
     fn virtio()(
         (device_features_select, driver_features_select, queue_select) in any::<(u32, u32, u32)>(),
         (status, interrupt_status, config_generation) in any::<(u32, u32, u32)>(),
         driver_features: u64,
         queues in vec(queue(), 0..4),
+        device in virtio_device(),
     ) -> VirtioMmioV1 {
-        let device = VirtioState::Rng(RngV1);
         VirtioMmioV1 { device_features_select, driver_features_select, driver_features, queue_select, status,
                        interrupt_status, config_generation, queues, device }
     }

@@ -18,6 +18,13 @@ ioctl_iow_nr!(TUNSETIFF, TUN, 202, libc::c_int);
 ioctl_iow_nr!(TUNSETOFFLOAD, TUN, 208, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, TUN, 216, libc::c_int);
 
+/// Whether an interface was not brought up. Where it cannot be told, it is taken for up.
+fn is_down(name: &str) -> bool {
+    let flags = std::fs::read_to_string(format!("/sys/class/net/{name}/flags")).unwrap_or_default();
+    let flags = flags.trim().strip_prefix("0x").and_then(|digits| libc::c_int::from_str_radix(digits, 16).ok());
+    flags.is_some_and(|flags| flags & libc::IFF_UP == 0)
+}
+
 /// A tap. Nobody else can have it open.
 #[derive(Debug)]
 pub struct Tap {
@@ -44,6 +51,13 @@ impl Tap {
                 "there is no such tap on this host; make it with 'ip tuntap add dev {name} mode tap', then \
                  'ip link set {name} up', and plug it into a bridge with 'ip link set {name} master BRIDGE'"
             )));
+        }
+        if is_down(name) {
+            // It may be brought up at any time.
+            tracing::warn!(
+                tap = name,
+                "the tap is down, so that nothing passes it: bring it up with 'ip link set {name} up'"
+            );
         }
         let file = OpenOptions::new()
             .read(true)
