@@ -130,8 +130,9 @@ pub enum Command {
     Stop(NameArg),
     /// Ask a VM's guest to give back so much of its memory
     ///
-    /// The guest does so as far as it can, and takes memory back by itself before it runs out of it. `vmm status` shows how far it
-    /// has come. The VM must have been started with --balloon.
+    /// The guest does so as far as it can, and takes memory back by itself before it runs out of it. Memory goes back to the host
+    /// in whole pieces of 2 MiB, so that it may be less than the guest does without. `vmm status` shows both. The VM must have
+    /// been started with --balloon.
     Balloon(BalloonArgs),
 }
 
