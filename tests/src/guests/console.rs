@@ -1,5 +1,6 @@
 //! Somebody at a guest's console: reads what its serial port says, types, and goes on after a live update.
-use crate::host::{Host, Process};
+use crate::host::{Host, PATIENCE, Process};
+use crate::init::terminal::READY;
 use crate::link::SHARE;
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -126,8 +127,20 @@ fn status(said: &str) -> Option<(usize, usize, u8)> {
     None
 }
 
+/// Starts a terminal, and waits until one can type.
 fn terminal(host: &mut Host, guest: &str) -> Result<Process> {
-    host.spawn(&["/init", &socket(guest), &keys(guest), &format!("{SHARE}/{}", log(guest))])
+    let terminal = host.spawn(&["/init", &socket(guest), &keys(guest), &format!("{SHARE}/{}", log(guest))])?;
+    let what = format!("a connection to the console of {guest}");
+    host.wait_until(&what, PATIENCE, |host| {
+        if host.stdout(&terminal)?.contains(READY) {
+            return Ok(Some(()));
+        }
+        if host.has_ended(&terminal)? {
+            bail!("the terminal has ended: {}", host.wait(&terminal)?);
+        }
+        Ok(None)
+    })?;
+    Ok(terminal)
 }
 
 fn socket(guest: &str) -> String {

@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 /// How long `vmm` may take to open the port.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a terminal says when it is connected.
+pub const READY: &str = "connected";
+
 /// Connects to the socket and stays until the port is closed.
 pub fn main(socket: &str, typed: &str, said: &str) -> Result<()> {
     let port = connect(socket)?;
@@ -22,6 +25,8 @@ pub fn main(socket: &str, typed: &str, said: &str) -> Result<()> {
     let mut log =
         File::options().create(true).append(true).open(said).with_context(|| format!("cannot open {said}"))?;
     let mut line = port.try_clone().context("cannot duplicate the connection")?;
+    // From now on one can type: earlier, what is written would become a file in the FIFO's place.
+    println!("{READY}");
     // Ends with the process.
     thread::spawn(move || copy(&mut keys, &mut line));
     // The guest does not wait for whoever reads, and the folder that the file is in is slow.
