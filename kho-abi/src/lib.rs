@@ -29,7 +29,7 @@
 //!     memory { range@0 { } ... }       gpa, size, token and offset of each RAM range
 //!     platform { }                     interrupt controllers, timers, clock
 //!     vcpus { vcpu@0 { } ... }         raw KVM structs under their names, MSRs as pairs
-//!     devices { serial@3f8 { }         and each virtio device with its queues:
+//!     devices { serial@3f8 { }         its registers, or those in port { } with output that waits; each virtio device:
 //!               virtio@0 { queue@0 { } ... device { } } ... }
 //! };
 //! / {                                  compatible = "kho-vmm,index-v2"   generation, kernel

@@ -34,6 +34,8 @@ pub const VCPU: &str = "vcpu";
 pub const DEVICES: &str = "devices";
 /// The first serial port.
 pub const SERIAL: &str = "serial@3f8";
+/// Its registers, where it has more than these.
+pub const PORT: &str = "port";
 /// One virtio device, `virtio@<slot>`.
 pub const VIRTIO: &str = "virtio";
 /// One of its queues, `queue@<number>`.

@@ -24,6 +24,7 @@ macro_rules! on_each_architecture {
 mod after_commit;
 mod balloon;
 mod before_commit;
+mod console;
 mod debian;
 mod disks;
 mod endings;

@@ -103,7 +103,9 @@ impl Guest {
             }
         }
         option("memory", format!("{}M", self.memory));
-        option("serial", format!("file={SHARE}/{}", self.log_name()));
+        if !self.options.iter().any(|option| option == "--serial") {
+            option("serial", format!("file={SHARE}/{}", self.log_name()));
+        }
         arguments.extend(self.options.iter().cloned());
         arguments
     }

@@ -7,6 +7,7 @@
 //! LOAD pause n=1 of=ticks ms=5210         it made no progress for that long
 //! DAMAGE ticks of=ticks …                 something was lost
 //! ```
+pub mod attach;
 pub mod clocks;
 pub mod pattern;
 pub mod reader;
@@ -20,7 +21,7 @@ pub mod vsock;
 pub mod work;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use report::{Pace, Report};
 use std::io::stdout;
 use std::net::{SocketAddr, TcpListener};
@@ -153,6 +154,25 @@ enum Kind {
         #[arg(long)]
         socket: PathBuf,
     },
+    /// Attach to a guest's serial port, on its host
+    #[command(group(ArgGroup::new("manner").args(["lines", "until", "say", "still"]).required(true)))]
+    Attach {
+        /// The UNIX socket
+        #[arg(long)]
+        socket: PathBuf,
+        /// Tell what is heard until so many lines are whole
+        #[arg(long)]
+        lines: Option<u64>,
+        /// Tell what is heard until a line with this in it is whole
+        #[arg(long)]
+        until: Option<String>,
+        /// Say a line
+        #[arg(long)]
+        say: Option<String>,
+        /// Neither read nor go away
+        #[arg(long)]
+        still: bool,
+    },
     /// Several loads, each a process of its own
     Together {
         /// A load with its options, separated by commas; without any, the values of `lab.load=` on the kernel's command line
@@ -193,6 +213,11 @@ fn run(Arguments { rhythm, kind }: Arguments) -> Result<()> {
         Kind::Answer { port } => vsock::answer(port, &mut report("answer")),
         Kind::Reach { socket, port, kib, stay } => vsock::reach(&socket, port, kib, stay),
         Kind::Echo { socket } => vsock::echo(&socket),
+        Kind::Attach { socket, lines, until, say, still: _ } => {
+            let manner = lines.map(attach::Manner::Lines).or(until.map(attach::Manner::Until));
+            let manner = manner.or(say.map(attach::Manner::Say)).unwrap_or(attach::Manner::Still);
+            attach::run(&socket, &manner)
+        }
         Kind::Together { loads } => together::run(&loads),
     }
 }

@@ -158,6 +158,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
     pub memory: u64,
     /// First serial port of the guest: stdio, file=PATH, socket=PATH or off
+    ///
+    /// With a socket one can attach (socat -,rawer UNIX-CONNECT:PATH) and detach; the newest client is the one. What the guest says
+    /// while nobody is attached, or faster than it is read, is kept for whoever reads next, through live updates too: the last
+    /// 64 KiB of it. `vmm status` tells how many bytes had to be dropped.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialConfig,
     /// Give the guest an entropy source

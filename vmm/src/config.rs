@@ -51,7 +51,8 @@ pub enum SerialConfig {
     Stdio,
     /// Output is appended to a file; there is no input.
     File(PathBuf),
-    /// A UNIX stream socket to which one client at a time can connect.
+    /// A UNIX stream socket to which one client at a time can connect: the newest. What the guest says while there is none is kept
+    /// for the next, up to a limit.
     Socket(PathBuf),
     /// Nowhere.
     Off,

@@ -2,6 +2,7 @@
 //! restore.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kho_abi::document::machine::MachineV2;
@@ -65,6 +66,7 @@ pub struct Machine {
     ram: Ram,
     platform: Platform,
     serial: Arc<Mutex<Serial>>,
+    serial_dropped: Arc<AtomicU64>,
     virtio: Vec<Arc<Mutex<Transport>>>,
     balloon: Arc<balloon::Control>,
     gate: Arc<Gate>,
@@ -105,7 +107,9 @@ impl Machine {
         platform.complete(&vcpus, states)?;
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).map_err(MachineError::EventFd)?;
         platform.connect_serial(&vm, &interrupt)?;
-        let serial = Arc::new(Mutex::new(Serial::new(&config.serial, interrupt)?));
+        let serial = Serial::new(&config.serial, interrupt)?;
+        let serial_dropped = serial.dropped();
+        let serial = Arc::new(Mutex::new(serial));
         let (mut ports, mut memory) = (Bus::default(), Bus::default());
         platform.place_devices(&mut ports, &mut memory, serial.clone());
         let balloon = Arc::new(balloon::Control::new(ram.discards()).map_err(MachineError::EventFd)?);
@@ -116,7 +120,7 @@ impl Machine {
         let virtio = virtio.collect::<Result<_, MachineError>>()?;
         let buses = Buses { ports: Arc::new(ports), memory: Arc::new(memory) };
         let gate = Arc::new(Gate::default());
-        Ok((Self { config, vm, ram, platform, serial, virtio, balloon, gate, buses }, vcpus))
+        Ok((Self { config, vm, ram, platform, serial, serial_dropped, virtio, balloon, gate, buses }, vcpus))
     }
 
     /// Loads a kernel and points the first vCPU at it.
@@ -205,6 +209,11 @@ impl Machine {
             serial: self.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
             virtio: self.transports().map(|transport| transport.save()).collect(),
         })
+    }
+
+    /// How many bytes of the serial port's output nobody will read. Waits for nothing, as whoever has the port may.
+    pub fn serial_dropped(&self) -> u64 {
+        self.serial_dropped.load(Ordering::Relaxed)
     }
 
     /// What it was built from.

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use kho_abi::document::device::SERIAL_BACKLOG_MAX;
 use kho_abi::document::header;
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::{DocumentError, EncodeError};
@@ -58,8 +59,9 @@ impl StateFile {
     /// Sets aside room for the document of a VM of that shape.
     pub fn create(config: &MachineConfig) -> Result<Self, PersistError> {
         let MachineConfig { name, cpus, memory, serial: _, devices } = config;
+        // Of which output that nobody has read may take 64 KiB.
         // A vCPU has 12 KiB of state with AVX-512, 20 KiB with AMX.
-        const SHARED: usize = 64 << 10;
+        const SHARED: usize = (64 << 10) + SERIAL_BACKLOG_MAX;
         const PER_VCPU: usize = 64 << 10;
         // A device has less than 1 KiB of state, and some more for each further queue.
         const PER_DEVICE: usize = 16 << 10;

@@ -176,6 +176,8 @@ pub struct Status {
     pub document_bytes: u64,
     /// The marks of the last update.
     pub timeline: Option<TimelineV1>,
+    /// Bytes of output of the serial port that nobody will read.
+    pub serial_dropped: u64,
 }
 
 struct Control {
@@ -338,6 +340,7 @@ impl Vm {
             generation: control.generation,
             document_bytes: control.document_bytes,
             timeline: control.timeline.clone(),
+            serial_dropped: self.0.machine.serial_dropped(),
         }
     }
 

@@ -1,10 +1,12 @@
 //! Devices that the monitor emulates itself.
 
+use alloc::format;
 use alloc::vec::Vec;
 
-use super::DecodeError;
 use super::node::Node;
-use super::record::{Reader, Record};
+use super::record::{Reader, Record, to_node};
+use super::{DecodeError, Problem};
+use crate::names;
 
 /// A 16550 serial port: its registers by name, and what was received but not yet read by the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +74,73 @@ impl Record for SerialV1 {
             scratch: reader.u8("scratch")?,
             in_buffer: reader.bytes("in-buffer")?,
         })
+    }
+}
+
+/// The most output of a serial port that waits for a reader, in bytes.
+pub const SERIAL_BACKLOG_MAX: usize = 64 << 10;
+
+/// A serial port with what lies between it and whoever reads it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SerialV2 {
+    /// The port itself.
+    pub port: SerialV1,
+    /// What the guest has said and nobody has read, oldest byte first.
+    pub backlog: Vec<u8>,
+    /// How many bytes the guest has said that nobody will read.
+    pub dropped: u64,
+}
+
+impl From<SerialV1> for SerialV2 {
+    fn from(port: SerialV1) -> Self {
+        Self { port, backlog: Vec::new(), dropped: 0 }
+    }
+}
+
+impl SerialV2 {
+    /// The node called `name`: of the previous version where that holds all there is, so that who knows only that can read it.
+    pub fn to_node(&self, name: &str) -> Node {
+        let Self { port, backlog, dropped } = self;
+        if backlog.is_empty() && *dropped == 0 { to_node(name, port) } else { to_node(name, self) }
+    }
+
+    /// Reads a node of this version or the previous one.
+    ///
+    /// # Errors
+    /// When it is of neither, or does not decode.
+    pub fn decode_any(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        match reader.compatible()?.as_str() {
+            SerialV1::COMPATIBLE => reader.record::<SerialV1>().map(Self::from),
+            Self::COMPATIBLE => reader.record(),
+            found => {
+                let expected = [SerialV1::COMPATIBLE, Self::COMPATIBLE].join(" or ");
+                Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
+            }
+        }
+    }
+}
+
+impl Record for SerialV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,serial-v2";
+
+    fn encode(&self, node: Node) -> Node {
+        let Self { port, backlog, dropped } = self;
+        node.with_bytes("backlog", backlog.as_slice())
+            .with_u64("dropped", *dropped)
+            .with_child(to_node(names::PORT, port))
+    }
+
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let state = Self {
+            port: reader.child(names::PORT)?,
+            backlog: reader.bytes("backlog")?,
+            dropped: reader.u64("dropped")?,
+        };
+        if state.backlog.len() > SERIAL_BACKLOG_MAX {
+            let reason = format!("is {} bytes, more than are kept", state.backlog.len());
+            return Err(reader.invalid("backlog", reason));
+        }
+        Ok(state)
     }
 }
 

@@ -5,7 +5,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use super::device::SerialV1;
+use super::device::SerialV2;
 use super::memory::RamRangeV1;
 use super::node::Node;
 use super::platform::PlatformState;
@@ -106,7 +106,7 @@ pub struct MachineV2 {
     /// The vCPUs.
     pub vcpus: Vec<VcpuState>,
     /// The first serial port.
-    pub serial: SerialV1,
+    pub serial: SerialV2,
     /// The virtio devices by slot, as many as the configuration names.
     pub virtio: Vec<VirtioMmioV1>,
 }
@@ -118,7 +118,7 @@ impl Record for MachineV2 {
         let Self { name, architecture, generation, config, ram, platform, vcpus, serial, virtio } = self;
         let slots = virtio.iter().enumerate();
         let devices = Node::new(names::DEVICES)
-            .with_child(to_node(names::SERIAL, serial))
+            .with_child(serial.to_node(names::SERIAL))
             .with_children(slots.map(|(slot, device)| to_node(&format!("{}@{slot}", names::VIRTIO), device)));
         node.with_str("name", name)
             .with_str("architecture", architecture)
@@ -183,8 +183,9 @@ fn decode_machine(
     if platform.vcpus().is_some_and(|count| count != vcpus.len()) {
         return Err(reader.invalid("platform", format!("is not that of {} vCPUs", vcpus.len())));
     }
-    let (serial, virtio) =
-        reader.group(names::DEVICES, |devices| Ok((devices.child(names::SERIAL)?, virtio(devices, &config)?)))?;
+    let (serial, virtio) = reader.group(names::DEVICES, |devices| {
+        Ok((devices.group(names::SERIAL, SerialV2::decode_any)?, virtio(devices, &config)?))
+    })?;
     Ok(MachineV2 { name, architecture, generation, config, ram, platform, vcpus, serial, virtio })
 }
 

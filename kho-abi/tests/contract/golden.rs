@@ -46,6 +46,16 @@ fn vm_v2_of_aarch64_encodes_to_its_bytes() {
 }
 
 #[test]
+fn vm_v2_with_serial_v2_decodes_to_its_value() {
+    assert_eq!(MachineV2::from_bytes(&golden("vm-v2-serial-v2.bin")).unwrap(), sample::machine_with_backlog());
+}
+
+#[test]
+fn vm_v2_with_serial_v2_encodes_to_its_bytes() {
+    assert!(sample::machine_with_backlog().to_bytes().unwrap() == golden("vm-v2-serial-v2.bin"));
+}
+
+#[test]
 fn documents_of_every_architecture_print_on_this_one() {
     for architecture in ["x86_64", "aarch64"] {
         let sealed = golden(&format!("vm-v2-{architecture}.bin"));

@@ -1,5 +1,6 @@
 //! Trees under a good checksum that say what cannot be true: refused, with the path of the node that says it.
 
+use kho_abi::document::device::SERIAL_BACKLOG_MAX;
 use kho_abi::document::index::IndexV2;
 use kho_abi::document::machine::{MachineV2, RAM_RANGES_MAX, VCPUS_MAX};
 use kho_abi::document::memory::RamRangeV1;
@@ -466,6 +467,16 @@ fn an_index_of_the_previous_version_with_a_clock_is_refused() {
     root = root.with_str("compatible", "kho-vmm,index-v1");
     let sealed = header::seal_as(header::Kind::Index, &fdt::write(&root).unwrap()).unwrap();
     assert_eq!(IndexV2::from_bytes(&sealed).unwrap_err().to_string(), r#"/: node "clock" is unknown"#);
+}
+
+#[test]
+fn a_serial_port_with_more_output_than_is_kept_is_refused() {
+    let mut machine = sample::machine_with_backlog();
+    machine.serial.backlog = vec![b'x'; SERIAL_BACKLOG_MAX];
+    assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+    machine.serial.backlog.push(b'y');
+    let expected = "/devices/serial@3f8: backlog is 65537 bytes, more than are kept";
+    assert_eq!(machine.to_bytes().unwrap_err().to_string(), expected);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use kho_abi::document::aarch64;
-use kho_abi::document::device::{RtcV1, SerialV1};
+use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
 use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
@@ -157,11 +157,17 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn serial()(registers: [u8; 9], in_buffer in payload()) -> SerialV1 {
+    fn serial()(
+        registers: [u8; 9],
+        in_buffer in payload(),
+        backlog in payload(),
+        dropped in prop_oneof![Just(0), any::<u64>()],
+    ) -> SerialV2 {
         let [baud_divisor_low, baud_divisor_high, interrupt_enable, interrupt_identification, line_control,
              line_status, modem_control, modem_status, scratch] = registers;
-        SerialV1 { baud_divisor_low, baud_divisor_high, interrupt_enable, interrupt_identification, line_control,
-                   line_status, modem_control, modem_status, scratch, in_buffer }
+        let port = SerialV1 { baud_divisor_low, baud_divisor_high, interrupt_enable, interrupt_identification, line_control,
+                              line_status, modem_control, modem_status, scratch, in_buffer };
+        SerialV2 { port, backlog, dropped }
     }
 }
 
@@ -326,6 +332,6 @@ fn text_with_a_nul_is_refused_before_it_is_written() {
 #[test]
 fn a_document_beyond_the_cap_is_refused_before_it_is_written() {
     let mut machine = crate::sample::machine();
-    machine.serial.in_buffer = vec![1; header::CAP];
+    machine.serial.port.in_buffer = vec![1; header::CAP];
     assert!(matches!(machine.to_bytes(), Err(EncodeError::TooLarge { cap: header::CAP, .. })));
 }

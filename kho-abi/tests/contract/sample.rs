@@ -1,7 +1,7 @@
 //! Fixed values: the ones in the golden files, and a small machine for tests that take every byte apart.
 
 use kho_abi::document::aarch64;
-use kho_abi::document::device::{RtcV1, SerialV1};
+use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
 use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
@@ -75,7 +75,8 @@ fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV2 {
             modem_status: 0xb0,
             scratch: 0x5a,
             in_buffer: b"typed ahead\n".to_vec(),
-        },
+        }
+        .into(),
         virtio: virtio(),
     }
 }
@@ -125,6 +126,13 @@ fn virtio() -> Vec<VirtioMmioV1> {
             device: VirtioState::Block(block),
         },
     ]
+}
+
+/// The value in `vm-v2-serial-v2.bin`: the same with output that waits for a reader. Never change it.
+pub fn machine_with_backlog() -> MachineV2 {
+    let machine = machine();
+    let serial = SerialV2 { backlog: b"login: ".to_vec(), dropped: 0x0102_0304_0506, ..machine.serial };
+    MachineV2 { serial, ..machine }
 }
 
 /// The value in `vm-v1-*.bin`, of which it is a part: the same without virtio devices, which there were none of.

@@ -1,7 +1,7 @@
 //! The Varlink interface of a VM: its methods, what they return, and how they fail.
 //!
-//! These are wire types. They change by adding a new interface version, never in place: an old `vmm` may have to talk
-//! to a VM that a newer one started, and the other way round.
+//! These are wire types. They change by adding a new interface version, or a field of a reply that may be absent, never in any
+//! other way: an old `vmm` may have to talk to a VM that a newer one started, and the other way round.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -93,6 +93,9 @@ pub struct MachineStatus {
     pub counter_hz: Option<u64>,
     /// The phases of the live update it came through last.
     pub marks: Vec<Mark>,
+    /// Bytes of output of the serial port that nobody will read; not told by a VM of a version before this was counted.
+    #[serde(default)]
+    pub serial_dropped: Option<u64>,
 }
 
 impl MachineStatus {
@@ -105,7 +108,8 @@ impl MachineStatus {
 
 impl From<crate::vm::Status> for MachineStatus {
     fn from(status: crate::vm::Status) -> Self {
-        let crate::vm::Status { name, state, memory, cpus, generation, document_bytes, timeline } = status;
+        let crate::vm::Status { name, state, memory, cpus, generation, document_bytes, timeline, serial_dropped } =
+            status;
         Self {
             name,
             state: state.into(),
@@ -116,6 +120,7 @@ impl From<crate::vm::Status> for MachineStatus {
             document_bytes,
             counter_hz: timeline.as_ref().map(|timeline| timeline.frequency_hz),
             marks: timeline.map(|timeline| marks(&timeline.marks)).unwrap_or_default(),
+            serial_dropped: Some(serial_dropped),
         }
     }
 }

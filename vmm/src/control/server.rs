@@ -334,7 +334,19 @@ mod tests {
             let (memory, cpus, generation, document_bytes) = (1 << 40, 1, 3, 0);
             let marks = vec![Mark { phase: "pause-asked".into(), counter: u64::MAX >> 1 }];
             let counter_hz = Some(1000);
-            MachineStatus { name, state, pid: 1, memory, cpus, generation, document_bytes, counter_hz, marks }
+            let serial_dropped = Some(5);
+            MachineStatus {
+                name,
+                state,
+                pid: 1,
+                memory,
+                cpus,
+                generation,
+                document_bytes,
+                counter_hz,
+                marks,
+                serial_dropped,
+            }
         }
         fn pause(&self) -> Result<(), MachineError> {
             self.change("pause", &[MachineState::Running], MachineState::Paused)

@@ -102,9 +102,12 @@ pub fn status(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
     let timeline = vm.timeline();
     if json {
         let base = report::with_fields(base_fields(&vm), report::timeline_fields(timeline.as_ref()));
-        let balloon = balloon.as_ref().map_or(Value::Null, balloon_fields);
-        let more = [("document_bytes".to_owned(), json!(vm.document_bytes)), ("balloon".to_owned(), balloon)];
-        let more = more.into_iter().collect();
+        let more = [
+            ("document_bytes", json!(vm.document_bytes)),
+            ("serial_dropped_bytes", json!(vm.serial_dropped)),
+            ("balloon", balloon.as_ref().map_or(Value::Null, balloon_fields)),
+        ];
+        let more = more.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         report::print_json(&report::with_fields(base, more));
     } else {
         let mut text = format!(
@@ -117,6 +120,9 @@ pub fn status(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
         );
         if let Some(balloon) = balloon {
             text.push_str(&balloon_text(&balloon));
+        }
+        if let Some(dropped) = vm.serial_dropped.filter(|&dropped| dropped > 0) {
+            text.push_str(&format!("serial port: {dropped} bytes of output were dropped, as nobody read them\n"));
         }
         if let Some(timeline) = timeline.filter(|timeline| !timeline.marks.is_empty()) {
             text.push_str(&format!("last live update, a document of {}:\n", report::bytes(vm.document_bytes)));
