@@ -9,11 +9,12 @@ use anyhow::{Context, Result};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Set for a full run, which takes hours in an emulated host: with the tests in modules called `full`.
+/// Tells the tests of a full run to take their larger numbers.
 const FULL: &str = "KHO_VMM_FULL";
 
-fn is_full() -> bool {
-    std::env::var_os(FULL).is_some_and(|value| value == "1")
+/// Whether this is a test of a full run.
+pub fn is_full() -> bool {
+    std::env::var_os(FULL).is_some()
 }
 
 /// The steps that were taken, with their times.
@@ -40,8 +41,8 @@ impl Steps {
     }
 }
 
-/// Sets up the machine and checks everything, end to end for the given architectures.
-pub fn all(architectures: &[Architecture]) -> Result<()> {
+/// Sets up the machine and checks everything, end to end for the given architectures; also what takes long, if the run is to be full.
+pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
     let foreign: Vec<_> = architectures.iter().copied().filter(|architecture| !architecture.is_native()).collect();
     let mut steps = Steps::default();
     steps.take("set-up", || {
@@ -59,7 +60,7 @@ pub fn all(architectures: &[Architecture]) -> Result<()> {
     for &architecture in architectures {
         let name = architecture.name();
         steps.take(format!("programs for the lab, {name}"), || programs(architecture))?;
-        steps.take(format!("images of Debian, {name}"), || images(architecture))?;
+        steps.take(format!("images of Debian, {name}"), || images(architecture, full))?;
     }
     for &architecture in &foreign {
         let emulator = architecture.user_emulator().0;
@@ -71,17 +72,17 @@ pub fn all(architectures: &[Architecture]) -> Result<()> {
     })?;
     steps.show();
     println!("== tests");
-    tests(architectures, runner, &["--workspace"], &[])
+    tests(architectures, full, runner, &["--workspace"], &[])
 }
 
 /// Sets up the machine and runs the end-to-end tests whose names contain one of the filters.
-pub fn end_to_end(architectures: &[Architecture], filters: &[String]) -> Result<()> {
+pub fn end_to_end(architectures: &[Architecture], full: bool, filters: &[String]) -> Result<()> {
     for &architecture in architectures {
         setup::run(architecture)?;
         programs(architecture)?;
-        images(architecture)?;
+        images(architecture, full)?;
     }
-    tests(architectures, tools::has("nextest"), &["--package", "tests", "--test", "e2e"], filters)
+    tests(architectures, full, tools::has("nextest"), &["--package", "tests", "--test", "e2e"], filters)
 }
 
 /// Everything that the end-to-end tests need.
@@ -92,9 +93,9 @@ fn programs(architecture: Architecture) -> Result<()> {
 }
 
 /// The images that the tests of this run boot.
-fn images(architecture: Architecture) -> Result<()> {
+fn images(architecture: Architecture, full: bool) -> Result<()> {
     let quick = |release| (architecture, release) == (Architecture::X86_64, Release::Trixie);
-    for release in debian::releases().into_iter().filter(|&release| is_full() || quick(release)) {
+    for release in debian::releases().into_iter().filter(|&release| full || quick(release)) {
         setup::for_images(architecture)?;
         debian::image(architecture, release)?;
     }
@@ -150,16 +151,24 @@ fn foreign_tests(architecture: Architecture, nextest: bool) -> Result<()> {
     run::loudly(products::unit_testing(architecture, subcommand)?.args([profile, "lab"]))
 }
 
-fn tests(architectures: &[Architecture], nextest: bool, selection: &[&str], filters: &[String]) -> Result<()> {
+fn tests(
+    architectures: &[Architecture],
+    full: bool,
+    nextest: bool,
+    selection: &[&str],
+    filters: &[String],
+) -> Result<()> {
     let mut command = cargo();
     command.args(runner(nextest).0).args(selection).arg("--").args(filters);
     // Each end-to-end test exists once per architecture, in a module of that name.
     for other in Architecture::ALL.iter().filter(|architecture| !architectures.contains(architecture)) {
         command.args(["--skip", &format!("::{}::", other.name())]);
     }
-    if !is_full() {
+    if full {
+        command.env(FULL, "yes");
+    } else {
         command.args(["--skip", "::full::"]);
-        println!("the tests in modules called `full` are left out: they take hours, and run with {FULL}=1");
+        println!("the tests in modules called `full` are left out: they take long, and run with `--full`");
     }
     // An error says where it came from by itself; thirty frames of the runner would hide it.
     run::loudly(command.env(BUILT, "yes").env("RUST_LIB_BACKTRACE", "0"))

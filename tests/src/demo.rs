@@ -2,17 +2,24 @@
 mod report;
 
 use crate::architecture::{Accelerator, Architecture};
-use crate::guests::{Guest, Running, await_beats};
+use crate::guests::{Guest, Kind, Running, await_beats};
 use crate::host::{Host, HostConfig, Side};
+use crate::load::stream::Peer;
 use crate::operator::{self, Restored, Update};
 use anyhow::{Context, Result};
 use report::{GuestReport, Report, Results, UpdateReport};
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Instant;
 
 /// Signs of life (one a second) that each guest gives before, between and after the updates.
 const BEATS: u64 = 5;
+
+/// vCPUs of each guest.
+const CPUS: u32 = 2;
+/// MiB of the Linux guest's disk.
+const DISK: u32 = 16;
 
 /// What the demo can be told.
 #[derive(Clone, Debug)]
@@ -60,7 +67,8 @@ pub fn run(options: &Options) -> Result<bool> {
 
 fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<()> {
     narrator.say("building vmm, the lab and the oracle");
-    let mut config = HostConfig::new(&options.name, options.architecture, 2048)?;
+    let peer = Peer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let mut config = HostConfig::new(&options.name, options.architecture, 2048)?.with_disk(DISK).with_taps(&["tap0"]);
     if let Some(accelerator) = options.accelerator {
         config.accelerator = accelerator;
     }
@@ -73,18 +81,19 @@ fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<
             narrator.say(&format!("a bare kexec to Linux {} takes {milliseconds:.0} ms", host.hello().release));
             bare.push((to, milliseconds));
         }
-        let mut guests = [Guest::oracle("oracle", 64), Guest::linux("linux", 192)]
+        let mut guests = [Guest::oracle("oracle", 64).cpus(CPUS), linux(&peer)]
             .into_iter()
             .map(|guest| guest.start(host))
             .collect::<Result<Vec<_>>>()?;
         await_beats(host, &mut guests, BEATS)?;
-        narrator.say("the oracle and a busybox Linux run side by side");
+        narrator.say("the oracle and a busybox Linux with a disk and a TCP stream to this machine run side by side");
         for (to, bare_kexec_ms) in bare {
             let from = host.hello().release.clone();
             narrator.say(&format!("vmm update: Linux {from} is to give way to {}", host.version(to)));
             let restored = operator::live_update_of_all(host, to, &Update::default())?;
             narrator.say(&format!("vmm restore: the guests run on under Linux {}", host.hello().release));
-            let lived = await_beats(host, &mut guests, BEATS);
+            let lived = await_beats(host, &mut guests, BEATS)
+                .and_then(|()| guests.iter_mut().try_for_each(|guest| await_stream(host, guest)));
             report.updates.push(summary(host, from, bare_kexec_ms, &restored, &guests)?);
             lived?;
             narrator.say(&format!("both have given {BEATS} more signs of life without damage"));
@@ -92,6 +101,22 @@ fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<
         report.result = Results::Pass;
         host.power_off()
     })
+}
+
+/// A busybox Linux that writes to a disk and reads it back, and sends a stream to this machine, which sends it back.
+fn linux(peer: &Peer) -> Guest {
+    let port = peer.address.port();
+    Guest::linux("linux", 192)
+        .cpus(CPUS)
+        .with(&format!("lab.disk=vda lab.rng=1 lab.net=10.0.2.15/24 lab.load=stream,--peer,10.0.2.2:{port}"))
+        .option("disk", "/dev/vda")
+        .option("net", "tap=tap0")
+        .flag("rng")
+}
+
+/// The stream goes on by itself.
+fn await_stream(host: &mut Host, guest: &mut Running) -> Result<()> {
+    if guest.guest.kind == Kind::Linux { guest.await_load(host, "stream", 1) } else { Ok(()) }
 }
 
 fn summary(

@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tests::architecture::{Accelerator, Architecture};
-use tests::{check, debian, demo, kernels, products::Products, setup};
+use tests::{bench, check, debian, demo, kernels, products::Products, setup};
 
 /// Developer's commands of kho-vmm. Each does its own set-up: on Debian as root it installs what is missing, elsewhere it
 /// says what is missing and changes nothing.
@@ -13,7 +13,6 @@ use tests::{check, debian, demo, kernels, products::Products, setup};
 #[command(name = "cargo xtask", bin_name = "cargo xtask", subcommand_required = true, arg_required_else_help = true)]
 #[command(after_help = "Environment:
   KHO_VMM_KERNELS   folder with the lab's kernels (vmlinuz-VERSION-ARCH and config-VERSION-ARCH), before ~/.cache/kho-vmm
-  KHO_VMM_FULL      1: the tests that take long run, too
   KHO_VMM_RUST_SRC  archive (tar.xz) of the Rust library's sources, where rustup cannot add a target
 
 Logs of the lab's hosts and guests are under target/lab.")]
@@ -41,14 +40,26 @@ enum Command {
         /// Architecture of the host, or all of them [default: this machine's]
         #[arg(long, value_parser = selection())]
         arch: Option<&'static [Architecture]>,
+        /// Also what takes long: every release of Debian on every architecture, and larger numbers
+        #[arg(long)]
+        full: bool,
     },
     /// Run the end-to-end tests alone
     E2e {
         /// Architecture of the host, or all of them [default: this machine's]
         #[arg(long, value_parser = selection())]
         arch: Option<&'static [Architecture]>,
+        /// Also what takes long: every release of Debian on every architecture, and larger numbers
+        #[arg(long)]
+        full: bool,
         /// Only tests whose names contain one of these
         filters: Vec<String>,
+    },
+    /// Measure what a live update takes with more and more vCPUs, phase by phase
+    Bench {
+        /// Architecture of the host [default: this machine's]
+        #[arg(long)]
+        arch: Option<Architecture>,
     },
     /// Make the disk images of Debian that guests boot, unless they are there
     Image {
@@ -95,8 +106,13 @@ fn run(command: Command) -> Result<bool> {
             setup::run(architecture)?;
             demo::run(&demo::Options { name: "demo".into(), architecture, accelerator: accel, json })
         }
-        Command::Test { arch } => check::all(&chosen(arch)?).map(|()| true),
-        Command::E2e { arch, filters } => check::end_to_end(&chosen(arch)?, &filters).map(|()| true),
+        Command::Test { arch, full } => check::all(&chosen(arch)?, full).map(|()| true),
+        Command::E2e { arch, full, filters } => check::end_to_end(&chosen(arch)?, full, &filters).map(|()| true),
+        Command::Bench { arch } => {
+            let architecture = arch.map_or_else(native, Ok)?;
+            setup::run(architecture)?;
+            bench::run(architecture).map(|()| true)
+        }
         Command::Image { arch } => {
             for architecture in chosen(arch)? {
                 setup::for_images(architecture)?;

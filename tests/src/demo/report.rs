@@ -1,28 +1,11 @@
 //! The demo's result, for machines (JSON) and for people (a timeline per VM).
 use crate::architecture::Architecture;
+use crate::phases::{BLACKOUT_BEGINS, PHASES};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// The phases in the order they happen; a phase's time is what passed since the one before.
-const PHASES: &[&str] = &[
-    "update-started",
-    "image-loaded",
-    "prepared",
-    "pause-asked",
-    "vcpus-stopped",
-    "document-written",
-    "preserved",
-    "reboot-called",
-    "init-reached",
-    "index-retrieved",
-    "files-retrieved",
-    "machine-built",
-    "first-instruction",
-];
-/// From here on the guest does not run.
-const BLACKOUT_BEGINS: &str = "vcpus-stopped";
 /// Width of the longest bar.
 const WIDTH: f64 = 40.0;
 
