@@ -151,7 +151,7 @@ pub struct RunArgs {
     /// Command line of the guest's kernel
     #[arg(long, value_name = "STRING", default_value = "", allow_hyphen_values = true)]
     pub append: String,
-    /// Number of virtual CPUs
+    /// Number of virtual CPUs, from 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
     /// Memory of the guest: bytes, or with a suffix of K, M, G or T
