@@ -1,7 +1,7 @@
 //! The lab: a KVM host inside QEMU whose kernel can be replaced while VMs run on it, and the developer's commands around it.
 //!
 //! [`host::Host`] is that machine, driven over a virtio-serial port ([`link`]) by its PID 1 ([`init`]); [`guests`] is what
-//! runs on it, with [`load`] inside; [`demo`], [`bench`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`],
+//! runs on it, with [`load`] inside; [`demo`], [`mod@bench`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`],
 //! [`image`] and [`debian`] make what they need.
 pub mod arch;
 pub mod architecture;
