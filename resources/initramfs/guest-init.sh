@@ -81,7 +81,8 @@ check_rng() {
 }
 random=$(: | sha256sum)
 
-# Filled with copies of the file, which stay until the next time.
+# Filled with copies of the file, which stay until the next time. Then the memory is left free for longer than Linux waits (2 s)
+# before it reports free memory to its host.
 fills=0 filled=
 copies() {
   copy=0
@@ -98,6 +99,7 @@ use_memory() {
     fills=$((fills + 1))
     echo "LOAD line n=$fills of=memory mib=$memory"
   fi
+  [ $((n % 4)) = 0 ] || return 0
   available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
   if [ "$available" -ge $((memory + 24)) ]; then
     [ -n "$filled" ] || { filled=$(copies | sha256sum) filled=${filled%"${filled#????????????????}"}; }

@@ -14,6 +14,9 @@ pub const PROMPT: &str = "# ";
 /// How much of what the guest has said last is shown after a failure.
 const TAIL: usize = 600;
 
+/// Where `vmm restore` writes about the VMs that it looks after.
+const SUPERVISOR_LOG: &str = "/run/vmm/.restore.log";
+
 /// A terminal at the socket behind a guest's serial port.
 #[derive(Debug)]
 pub struct Console {
@@ -76,7 +79,10 @@ impl Console {
                 return Ok(Some((rest[..start].to_owned(), meaning)));
             }
             if host.boots() != self.boot || host.has_ended(&self.terminal)? {
-                bail!("nobody is at the console any more; last it said: {}", &rest[rest.len().saturating_sub(TAIL)..]);
+                let last = &rest[rest.len().saturating_sub(TAIL)..];
+                // What has become of a restored VM is known there alone.
+                let log = host.read(SUPERVISOR_LOG).unwrap_or_default();
+                bail!("nobody is at the console any more; last it said: {last}\nand the supervisor: {log}");
             }
             Ok(None)
         })
