@@ -21,6 +21,8 @@ use wire::Wire;
 
 /// How long a boot, a kexec or any single program may take. Generous: only a hang should ever reach it.
 pub const PATIENCE: Duration = Duration::from_secs(150);
+/// Not all that is waited for tells of itself: the state of a VM, or the end of a process that PID 1 did not start.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How many of a log's last lines are shown after a failure.
 const TAIL: usize = 60;
 
@@ -292,7 +294,7 @@ impl Host {
         format!("{} {RESTORE}={output}", self.command_line)
     }
 
-    /// Waits until `check` has a value, looking again whenever the host said something or a shared file changed.
+    /// Waits until `check` has a value, looking again whenever the host said something or a shared file changed, and once a second.
     pub fn wait_until<T>(
         &mut self,
         what: &str,
@@ -312,7 +314,7 @@ impl Host {
             if now >= deadline {
                 bail!("waited {} s in vain for {what}", patience.as_secs());
             }
-            self.wire.wait(deadline - now)?;
+            self.wire.wait(LOOK_AGAIN.min(deadline - now))?;
         }
     }
 
