@@ -314,7 +314,9 @@ impl Host {
             if now >= deadline {
                 bail!("waited {} s in vain for {what}", patience.as_secs());
             }
-            self.wire.wait(LOOK_AGAIN.min(deadline - now))?;
+            if !self.wire.wait(LOOK_AGAIN.min(deadline - now))? {
+                self.wire.nudge();
+            }
         }
     }
 

@@ -95,6 +95,10 @@ fn serve(beginning: Beginning) -> Result<()> {
         if reader.read_line(&mut line).context("cannot read the port")? == 0 {
             anyhow::bail!("the build machine has gone");
         }
+        // Sent for the interrupt that it comes with.
+        if line.trim().is_empty() {
+            continue;
+        }
         let Request { id, ask } = serde_json::from_str(&line).with_context(|| format!("not a request: {line}"))?;
         let answer = answer(&processes, &writer, beginning, id, ask)
             .unwrap_or_else(|error| Answer::Failed { reason: format!("{error:#}") });

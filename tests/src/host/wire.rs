@@ -110,21 +110,29 @@ impl Wire {
         Ok((said, open))
     }
 
-    /// Waits until the host says something or a shared file changes, at most for the given time.
-    pub fn wait(&mut self, patience: Duration) -> Result<()> {
+    /// Has the emulated host take an interrupt, by an empty line that nobody answers. An emulator's processor that has lost the one
+    /// of its timer (QEMU's SVM sets interrupts aside without the lock that protects them) would stand still for ever otherwise.
+    pub fn nudge(&mut self) {
+        // When the host listens to nothing, or has ended, others say so.
+        let _ = self.stream.write(b"\n");
+    }
+
+    /// Waits until the host says something or a shared file changes, at most for the given time. False when nothing did.
+    pub fn wait(&mut self, patience: Duration) -> Result<bool> {
         let timeout = Timespec {
             tv_sec: patience.as_secs().try_into().context("an unreasonable time to wait")?,
             tv_nsec: patience.subsec_nanos().into(),
         };
         let mut ready = [PollFd::new(&self.stream, PollFlags::IN), PollFd::new(&self.changes, PollFlags::IN)];
-        match poll(&mut ready, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let happened = match poll(&mut ready, Some(&timeout)) {
+            Ok(count) => count > 0,
+            Err(rustix::io::Errno::INTR) => true,
             Err(error) => return Err(error).context("cannot wait for the host"),
-        }
+        };
         // Which file changed does not matter: whoever waits looks again.
         let mut events = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&self.changes, &mut events);
         while reader.next().is_ok() {}
-        Ok(())
+        Ok(happened)
     }
 }
