@@ -9,7 +9,8 @@ on_each_architecture![the_monitors_unit_tests_pass_where_there_is_kvm];
 
 fn the_monitors_unit_tests_pass_where_there_is_kvm(architecture: Architecture) -> Result<()> {
     let program = products::unit_tests(architecture)?;
-    Host::with(HostConfig::new("kvm", architecture, 1024)?, |host| {
+    // A VM's memory is never unmapped, and all tests are one process here: what each of them has had adds up.
+    Host::with(HostConfig::new("kvm", architecture, 4096)?, |host| {
         fs::copy(&program, host.local("vmm-tests")).context("cannot copy the unit tests")?;
         // One at a time: vCPUs of several tests on an emulated host would make each other's deadlines meaningless.
         let said = host.run(&["/share/vmm-tests", "--include-ignored", "--test-threads=1"])?.success()?;
