@@ -110,8 +110,9 @@ impl Wire {
         Ok((said, open))
     }
 
-    /// Has the emulated host take an interrupt, by an empty line that nobody answers. An emulator's processor that has lost the one
-    /// of its timer (QEMU's SVM sets interrupts aside without the lock that protects them) would stand still for ever otherwise.
+    /// Has the emulated host take an interrupt, by an empty line that nobody answers. Hosts on x86_64 were seen to stand still for ever,
+    /// with the emulator busy: as if the processor had lost its timer's interrupt and waited for any other. That this is so, and
+    /// that an interrupt helps, is not proven.
     pub fn nudge(&mut self) {
         // When the host listens to nothing, or has ended, others say so.
         let _ = self.stream.write(b"\n");
