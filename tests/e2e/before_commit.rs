@@ -42,7 +42,7 @@ fn a_rehearsal_does_everything_but_the_reboot_and_harms_nobody(architecture: Arc
             ensure!(vms.len() == 2, "{said}");
             for vm in vms {
                 ensure!(vm["document_bytes"].as_u64() > Some(0) && vm["ram_bytes"] == 64 << 20, "{vm}");
-                for phase in ["prepared", "vcpus-stopped", "document-written"] {
+                for phase in ["prepared", "vcpus-stopped", "devices-stopped", "document-written"] {
                     ensure!(vm["phases"][phase].as_f64().is_some(), "phase {phase} has no time in {vm}");
                 }
             }

@@ -499,18 +499,23 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Prints the last lines of every log of a host: its console, QEMU's own words, its guests' serial ports.
+/// Prints the last lines of every log of a host: its console, QEMU's own words, its guests' serial ports, its programs' complaints.
 fn show_logs(folder: &Path) {
-    let list = |folder: &Path| -> Vec<PathBuf> {
-        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        let mut files: Vec<_> =
-            entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "log")).collect();
+    let list = |folder: &Path, ends: &[&str]| -> Vec<PathBuf> {
+        let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let wanted = |path: &PathBuf| path.extension().is_some_and(|end| ends.iter().any(|wanted| *wanted == end));
+        let mut files: Vec<_> = paths.filter(wanted).collect();
         files.sort();
         files
     };
-    for log in list(folder).into_iter().chain(list(&folder.join("share"))) {
-        let text = fs::read(&log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let share = folder.join("share");
+    let logs = [list(folder, &["log"]), list(&share, &["log"]), list(&share, &["err"])];
+    for log in logs.iter().flatten() {
+        let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
+        if lines.is_empty() {
+            continue;
+        }
         eprintln!("--- {} (last {TAIL} of {} lines)", log.display(), lines.len());
         for line in &lines[lines.len().saturating_sub(TAIL)..] {
             eprintln!("{line}");

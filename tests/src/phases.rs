@@ -7,6 +7,7 @@ pub const PHASES: &[&str] = &[
     "prepared",
     "pause-asked",
     "vcpus-stopped",
+    "devices-stopped",
     "document-written",
     "preserved",
     "reboot-called",

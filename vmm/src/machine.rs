@@ -18,7 +18,7 @@ use crate::config::{ConfigError, MachineConfig, VmConfig};
 use crate::device::serial::{Serial, SerialError, SerialInput};
 use crate::device::virtio::balloon;
 use crate::device::virtio::mmio::{self, InterruptRegisters, Transport};
-use crate::device::virtio::{self, VirtioDevice, VirtioError};
+use crate::device::virtio::{Devices, VirtioDevice, VirtioError};
 use crate::device::{self, Gate};
 use crate::memory::{MemoryError, Ram};
 use crate::persist;
@@ -59,6 +59,22 @@ pub enum MachineError {
     Boot(#[from] BootError),
 }
 
+/// What a machine is built of beside its RAM: a shape that is possible, and its devices with what they need of this host open. It can
+/// be there before RAM is, which in a restore may take long to arrive.
+pub struct Parts {
+    config: MachineConfig,
+    devices: Devices,
+}
+
+impl Parts {
+    /// Opens what the devices need.
+    pub fn open(config: MachineConfig) -> Result<Self, MachineError> {
+        config.validate()?;
+        let devices = Devices::open(&config.devices)?;
+        Ok(Self { config, devices })
+    }
+}
+
 /// A machine without its vCPUs.
 pub struct Machine {
     config: MachineConfig,
@@ -76,12 +92,8 @@ pub struct Machine {
 impl Machine {
     /// Builds a machine around its RAM, with vCPUs that nobody runs yet. In a restore the vCPUs' states say what the guest
     /// knows of its processors; all other state is put back by [`Self::restore`].
-    pub fn new(
-        config: MachineConfig,
-        ram: Ram,
-        states: Option<&[VcpuState]>,
-    ) -> Result<(Self, Vec<Vcpu>), MachineError> {
-        config.validate()?;
+    pub fn new(parts: Parts, ram: Ram, states: Option<&[VcpuState]>) -> Result<(Self, Vec<Vcpu>), MachineError> {
+        let Parts { config, devices } = parts;
         let kvm = Kvm::new().map_err(MachineError::Open)?;
         let end = ram.ranges().iter().map(|range| range.gpa + range.size).max().unwrap_or(0);
         let vm = arch::create_vm(&kvm, end)?;
@@ -113,10 +125,8 @@ impl Machine {
         let (mut ports, mut memory) = (Bus::default(), Bus::default());
         platform.place_devices(&mut ports, &mut memory, serial.clone());
         let balloon = Arc::new(balloon::Control::new(ram.discards()).map_err(MachineError::EventFd)?);
-        let virtio = config.devices.iter().enumerate().map(|(slot, device)| {
-            let device = virtio::build(device, &balloon)?;
-            place_virtio(&vm, &platform, &mut memory, slot, device, &ram)
-        });
+        let devices = devices.complete(&balloon).enumerate();
+        let virtio = devices.map(|(slot, device)| place_virtio(&vm, &platform, &mut memory, slot, device, &ram));
         let virtio = virtio.collect::<Result<_, MachineError>>()?;
         let buses = Buses { ports: Arc::new(ports), memory: Arc::new(memory) };
         let gate = Arc::new(Gate::default());

@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kho_abi::document::machine::MachineV2;
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use kho_abi::tokens;
 use serde::Serialize;
 
@@ -26,7 +26,7 @@ use crate::config::{MachineConfig, VmConfig};
 use crate::device::virtio::VirtioError;
 use crate::device::virtio::balloon::BalloonError;
 use crate::fault::{self, Action, InjectedFault};
-use crate::machine::{Machine, MachineError};
+use crate::machine::{Machine, MachineError, Parts};
 use crate::memory::{MemoryError, Ram};
 use crate::persist::{self, PersistError, StateFile};
 use crate::vcpu::{BeforeRun, Vcpu, VcpuError, VcpuHandle};
@@ -149,14 +149,41 @@ pub struct Frozen {
     pub marks: Vec<(Phase, u64)>,
 }
 
-/// What a VM is restored from.
-pub struct Incoming {
-    /// The state memfd.
-    pub state: OwnedFd,
-    /// Token and memfd of each part of its RAM.
-    pub ram: Vec<(u64, OwnedFd)>,
-    /// The marks of the update so far.
-    pub timeline: TimelineV1,
+/// A VM of which all but its memory has arrived: its document is decoded, and what its devices need of this host is open.
+pub struct Arriving {
+    document: MachineV2,
+    document_bytes: u64,
+    parts: Parts,
+}
+
+impl Arriving {
+    /// Takes in what another kernel or process has left of a VM in its state memfd.
+    pub fn new(state: &OwnedFd) -> Result<Self, VmError> {
+        let (document, document_bytes) = persist::read(state)?;
+        if document.architecture != arch::NAME {
+            return Err(VmError::Architecture { document: document.architecture });
+        }
+        let parts = Parts::open(persist::config(&document)?)?;
+        Ok(Self { document, document_bytes, parts })
+    }
+
+    /// The VM's name.
+    pub fn name(&self) -> &str {
+        &self.document.name
+    }
+
+    /// The VM, with its memory: token and memfd of each part. `timeline` is what is known of the update so far. Builds all and runs
+    /// nothing: until [`Vm::run`] the same memory can be restored again.
+    pub fn restore(self, ram: Vec<(u64, OwnedFd)>, mut timeline: TimelineV2) -> Result<Vm, VmError> {
+        let Self { document, document_bytes, parts } = self;
+        let ram = Ram::adopt(file_of_ranges(ram, &document)?, document.ram.clone()).map_err(MachineError::from)?;
+        let (mut machine, mut vcpus) = Machine::new(parts, ram, Some(&document.vcpus))?;
+        machine.restore(&mut vcpus, &document, timeline.frequency_hz)?;
+        timeline.mark(Phase::MachineBuilt, arch::counter());
+        let vm = Vm::assemble(machine, vcpus, document.generation, document_bytes, Some(timeline))?;
+        fault::at("vm.machine-built")?;
+        Ok(vm)
+    }
 }
 
 /// What an operator can know of a VM.
@@ -175,7 +202,7 @@ pub struct Status {
     /// Bytes of the document it was restored from, or that was last written.
     pub document_bytes: u64,
     /// The marks of the last update.
-    pub timeline: Option<TimelineV1>,
+    pub timeline: Option<TimelineV2>,
     /// Bytes of output of the serial port that nobody will read.
     pub serial_dropped: u64,
 }
@@ -189,7 +216,7 @@ struct Control {
     ending: Option<Ending>,
     generation: u64,
     document_bytes: u64,
-    timeline: Option<TimelineV1>,
+    timeline: Option<TimelineV2>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -212,30 +239,11 @@ pub struct Vm(Arc<Inner>);
 impl Vm {
     /// A VM that boots.
     pub fn cold(config: VmConfig) -> Result<Self, VmError> {
-        let machine_config = MachineConfig::from(&config);
-        machine_config.validate().map_err(MachineError::from)?;
+        let parts = Parts::open(MachineConfig::from(&config))?;
         let ram = Ram::create(&config.name, config.memory).map_err(MachineError::from)?;
-        let (machine, vcpus) = Machine::new(machine_config, ram, None)?;
+        let (machine, vcpus) = Machine::new(parts, ram, None)?;
         machine.boot(&config, &vcpus)?;
         Self::assemble(machine, vcpus, 0, 0, None)
-    }
-
-    /// A VM that goes on from what another kernel or process has left. Builds all and runs nothing: until [`Self::run`] the
-    /// same memory can be restored again.
-    pub fn restored(incoming: Incoming) -> Result<Self, VmError> {
-        let Incoming { state, ram, mut timeline } = incoming;
-        let (document, document_bytes) = persist::read(&state)?;
-        if document.architecture != arch::NAME {
-            return Err(VmError::Architecture { document: document.architecture });
-        }
-        let config = persist::config(&document)?;
-        let ram = Ram::adopt(file_of_ranges(ram, &document)?, document.ram.clone()).map_err(MachineError::from)?;
-        let (mut machine, mut vcpus) = Machine::new(config, ram, Some(&document.vcpus))?;
-        machine.restore(&mut vcpus, &document, timeline.frequency_hz)?;
-        timeline.mark(Phase::MachineBuilt, arch::counter());
-        let vm = Self::assemble(machine, vcpus, document.generation, document_bytes, Some(timeline))?;
-        fault::at("vm.machine-built")?;
-        Ok(vm)
     }
 
     fn assemble(
@@ -243,7 +251,7 @@ impl Vm {
         vcpus: Vec<Vcpu>,
         generation: u64,
         document_bytes: u64,
-        timeline: Option<TimelineV1>,
+        timeline: Option<TimelineV2>,
     ) -> Result<Self, VmError> {
         let control = Control {
             state: State::Paused,
@@ -280,7 +288,7 @@ impl Vm {
 
     /// Lets the guest run for the first time in this process. `before_first_run` is called right before any vCPU enters the guest,
     /// with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory changes.
-    pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV1) + Send>) -> Result<(), VmError> {
+    pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV2) + Send>) -> Result<(), VmError> {
         self.0.machine.start_devices()?;
         let mut control = self.0.control();
         if control.started {
@@ -291,7 +299,7 @@ impl Vm {
         let told = Arc::new(OnceLock::new());
         let telling = told.clone();
         let before: BeforeRun = Box::new(move || {
-            let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV1::new(1));
+            let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV2::new(1));
             timeline.mark(Phase::FirstInstruction, arch::counter());
             before_first_run(&timeline);
             // Not earlier: they write to the guest's memory, from which the VM could be restored once more until now.
@@ -493,8 +501,9 @@ impl Inner {
         if wanted == Wanted::Running {
             self.stop_vcpus()?;
         }
-        self.machine.pause_devices()?;
         let stopped = arch::counter();
+        self.machine.pause_devices()?;
+        let devices_stopped = arch::counter();
         let mut answers = Vec::new();
         for vcpu in &self.vcpus {
             answers.push(vcpu.save()?);
@@ -510,7 +519,12 @@ impl Inner {
             state_file.spoil(document_bytes)?;
         }
         fault::at("vm.document-written")?;
-        let marks = vec![(Phase::PauseAsked, asked), (Phase::VcpusStopped, stopped), (Phase::DocumentWritten, written)];
+        let marks = vec![
+            (Phase::PauseAsked, asked),
+            (Phase::VcpusStopped, stopped),
+            (Phase::DevicesStopped, devices_stopped),
+            (Phase::DocumentWritten, written),
+        ];
         Ok(Frozen { document_bytes, marks })
     }
 

@@ -9,7 +9,7 @@ use super::header::Kind;
 use super::machine::RAM_RANGES_MAX;
 use super::node::Node;
 use super::record::{Reader, Record, from_node, read_node, to_node};
-use super::timeline::TimelineV1;
+use super::timeline::TimelineV2;
 use super::{DecodeError, DocumentError, EncodeError, Problem, fdt, header};
 use crate::{names, tokens};
 
@@ -33,7 +33,7 @@ pub struct IndexEntryV1 {
     /// Token and size in bytes of each RAM memfd.
     pub ram: Vec<(u64, u64)>,
     /// The marks of this VM.
-    pub marks: TimelineV1,
+    pub marks: TimelineV2,
 }
 
 impl Record for IndexEntryV1 {
@@ -51,7 +51,7 @@ impl Record for IndexEntryV1 {
             .with_u64("state-token", *state_token)
             .with_u64("document-bytes", *document_bytes)
             .with_bytes("ram", list)
-            .with_child(to_node(names::MARKS, marks))
+            .with_child(marks.to_node(names::MARKS))
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -61,7 +61,7 @@ impl Record for IndexEntryV1 {
             state_token: reader.u64("state-token")?,
             document_bytes: reader.u64("document-bytes")?,
             ram: reader.entries::<RAM>("ram")?.iter().map(|entry| pair(*entry)).collect(),
-            marks: reader.child(names::MARKS)?,
+            marks: reader.group(names::MARKS, TimelineV2::decode_any)?,
         };
         if reader.unit_address() != Some(&entry.name) {
             return Err(reader.invalid("name", "is not the one in the node's name"));
@@ -128,7 +128,7 @@ pub struct IndexV2 {
     /// The release of the kernel under which it was written.
     pub kernel: String,
     /// The marks of the host.
-    pub timeline: TimelineV1,
+    pub timeline: TimelineV2,
     /// The host's wall clock, as late as it could be read.
     pub clock: Option<ClockV1>,
     /// The VMs.
@@ -143,7 +143,7 @@ impl Record for IndexV2 {
         let entries = vms.iter().map(|vm| to_node(&format!("{}@{}", names::VM, vm.name), vm));
         node.with_u64("generation", *generation)
             .with_str("kernel", kernel)
-            .with_child(to_node(names::TIMELINE, timeline))
+            .with_child(timeline.to_node(names::TIMELINE))
             .with_children(clock.iter().map(|clock| to_node(names::CLOCK, clock)))
             .with_child(Node::new(names::VMS).with_children(entries))
     }
@@ -161,7 +161,7 @@ fn decode_index(
     Ok(IndexV2 {
         generation: reader.u64("generation")?,
         kernel: reader.string("kernel")?,
-        timeline: reader.child(names::TIMELINE)?,
+        timeline: reader.group(names::TIMELINE, TimelineV2::decode_any)?,
         clock: clock(reader)?,
         vms: reader.group(names::VMS, |vms| {
             let entries = vms.children(names::VM)?;

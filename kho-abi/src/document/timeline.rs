@@ -7,9 +7,9 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::str::FromStr;
 
-use super::DecodeError;
 use super::node::Node;
-use super::record::{Reader, Record};
+use super::record::{COMPATIBLE, Reader, Record};
+use super::{DecodeError, Problem};
 
 /// The phases of a live update, in the order in which they are reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,6 +24,8 @@ pub enum Phase {
     PauseAsked,
     /// No vCPU runs any more.
     VcpusStopped,
+    /// No device works any more, and what would be lost with the old kernel is durable.
+    DevicesStopped,
     /// The document is in its memfd.
     DocumentWritten,
     /// All is preserved, the index included.
@@ -44,12 +46,13 @@ pub enum Phase {
 
 impl Phase {
     /// All phases, in order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::UpdateStarted,
         Self::ImageLoaded,
         Self::Prepared,
         Self::PauseAsked,
         Self::VcpusStopped,
+        Self::DevicesStopped,
         Self::DocumentWritten,
         Self::Preserved,
         Self::RebootCalled,
@@ -68,6 +71,7 @@ impl Phase {
             Self::Prepared => "prepared",
             Self::PauseAsked => "pause-asked",
             Self::VcpusStopped => "vcpus-stopped",
+            Self::DevicesStopped => "devices-stopped",
             Self::DocumentWritten => "document-written",
             Self::Preserved => "preserved",
             Self::RebootCalled => "reboot-called",
@@ -106,7 +110,7 @@ impl FromStr for Phase {
 
 /// Marks of one update.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TimelineV1 {
+pub struct TimelineV2 {
     /// Counts per second; 0 where it is not known, and then no times can be told.
     pub frequency_hz: u64,
     /// The counter at each phase that was reached. [`mark`](Self::mark) keeps them in order, one per phase; so does
@@ -114,7 +118,7 @@ pub struct TimelineV1 {
     pub marks: Vec<(Phase, u64)>,
 }
 
-impl TimelineV1 {
+impl TimelineV2 {
     /// A timeline without marks.
     pub fn new(frequency_hz: u64) -> Self {
         Self { frequency_hz, marks: Vec::new() }
@@ -175,8 +179,47 @@ impl TimelineV1 {
     }
 }
 
-impl Record for TimelineV1 {
-    const COMPATIBLE: &'static str = "kho-vmm,timeline-v1";
+/// What a timeline without [`Phase::DevicesStopped`] calls itself.
+const TIMELINE_V1: &str = "kho-vmm,timeline-v1";
+
+impl TimelineV2 {
+    /// The node called `name`: of the previous version where that holds all there is, so that who knows only that can read it.
+    pub fn to_node(&self, name: &str) -> Node {
+        let version = match self.counter(Phase::DevicesStopped) {
+            Some(_) => Self::COMPATIBLE,
+            None => TIMELINE_V1,
+        };
+        self.encode(Node::new(name).with_str(COMPATIBLE, version))
+    }
+
+    /// Reads a node of this version or the previous one.
+    ///
+    /// # Errors
+    /// When it is of neither, or does not decode.
+    pub fn decode_any(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        match reader.compatible()?.as_str() {
+            TIMELINE_V1 => decode_phases(reader, |phase| phase != Phase::DevicesStopped),
+            Self::COMPATIBLE => reader.record(),
+            found => {
+                let expected = [TIMELINE_V1, Self::COMPATIBLE].join(" or ");
+                Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
+            }
+        }
+    }
+}
+
+fn decode_phases(reader: &mut Reader<'_>, known: impl Fn(Phase) -> bool) -> Result<TimelineV2, DecodeError> {
+    let mut timeline = TimelineV2::new(reader.u64("frequency-hz")?);
+    for phase in Phase::ALL.into_iter().filter(|phase| known(*phase)) {
+        if let Some(counter) = reader.optional_u64(phase.name())? {
+            timeline.mark(phase, counter);
+        }
+    }
+    Ok(timeline)
+}
+
+impl Record for TimelineV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,timeline-v2";
 
     fn encode(&self, node: Node) -> Node {
         let Self { frequency_hz, marks } = self;
@@ -186,12 +229,6 @@ impl Record for TimelineV1 {
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let mut timeline = Self::new(reader.u64("frequency-hz")?);
-        for phase in Phase::ALL {
-            if let Some(counter) = reader.optional_u64(phase.name())? {
-                timeline.mark(phase, counter);
-            }
-        }
-        Ok(timeline)
+        decode_phases(reader, |_| true)
     }
 }

@@ -10,7 +10,7 @@ use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::platform::PlatformState;
 use kho_abi::document::record::{from_node, to_node};
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use kho_abi::document::vcpu::VcpuState;
 use kho_abi::document::virtio::{NetV1, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
@@ -249,8 +249,8 @@ fn vm_name() -> impl Strategy<Value = String> {
 }
 
 prop_compose! {
-    fn timeline()(frequency_hz: u64, marks in vec((prop::sample::select(&Phase::ALL), any::<u64>()), 0..20)) -> TimelineV1 {
-        let mut timeline = TimelineV1::new(frequency_hz);
+    fn timeline()(frequency_hz: u64, marks in vec((prop::sample::select(&Phase::ALL), any::<u64>()), 0..20)) -> TimelineV2 {
+        let mut timeline = TimelineV2::new(frequency_hz);
         for (phase, counter) in marks {
             timeline.mark(phase, counter);
         }
@@ -311,7 +311,7 @@ proptest! {
 
     #[test]
     fn a_timeline_is_read_as_it_was_written(timeline in timeline()) {
-        prop_assert_eq!(from_node::<TimelineV1>(&to_node("timeline", &timeline)).unwrap(), timeline);
+        prop_assert_eq!(from_node::<TimelineV2>(&to_node("timeline", &timeline)).unwrap(), timeline);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::platform::PlatformState;
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use kho_abi::document::vcpu::VcpuState;
 use kho_abi::document::virtio::{BlockV1, ImageKind, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
@@ -217,11 +217,11 @@ pub fn before_clock(index: IndexV2) -> IndexV2 {
 
 /// The value in `index-v2.bin`. Never change it.
 pub fn index() -> IndexV2 {
-    let mut timeline = TimelineV1::new(2_893_432_000);
+    let mut timeline = TimelineV2::new(2_893_432_000);
     timeline.mark(Phase::UpdateStarted, 1_000_000_000_000);
     timeline.mark(Phase::ImageLoaded, 1_000_500_000_000);
     timeline.mark(Phase::RebootCalled, 1_002_000_000_000);
-    let mut marks = TimelineV1::new(2_893_432_000);
+    let mut marks = TimelineV2::new(2_893_432_000);
     marks.mark(Phase::PauseAsked, 1_001_000_000_000);
     marks.mark(Phase::VcpusStopped, 1_001_100_000_000);
     IndexV2 {
@@ -244,8 +244,15 @@ pub fn index() -> IndexV2 {
                 state_token: 1,
                 document_bytes: 9_000,
                 ram: vec![(0x100, 0x4000_0000), (0x101, 0x1000)],
-                marks: TimelineV1::default(),
+                marks: TimelineV2::default(),
             },
         ],
     }
+}
+
+/// The value in `index-v2-timeline-v2.bin`. Never change it.
+pub fn index_with_devices_stopped() -> IndexV2 {
+    let mut index = index();
+    index.vms[0].marks.mark(Phase::DevicesStopped, 1_001_150_000_000);
+    index
 }

@@ -4,6 +4,8 @@ pub mod acpi;
 pub mod boot;
 pub mod cpuid;
 pub mod ioctl;
+#[cfg(test)]
+mod kvm_tests;
 pub mod msr;
 pub mod platform;
 mod power;

@@ -61,14 +61,29 @@ impl VirtioError {
     }
 }
 
-/// Makes the device that an operator has asked for. `balloon` is what he has hold of the balloon by.
-pub fn build(config: &DeviceConfig, balloon: &Arc<balloon::Control>) -> Result<Box<dyn VirtioDevice>, VirtioError> {
+/// The devices that an operator has asked for, by slot, with what they need of this host open: images, taps, sockets. Of guest RAM
+/// they need nothing yet, but for the balloon, which is missing here.
+pub struct Devices(Vec<Option<Box<dyn VirtioDevice>>>);
+
+impl Devices {
+    /// Opens all of them.
+    pub fn open(configs: &[DeviceConfig]) -> Result<Self, VirtioError> {
+        configs.iter().map(open).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// All of them. `balloon` is what the operator has hold of the balloon by.
+    pub fn complete(self, balloon: &Arc<balloon::Control>) -> impl Iterator<Item = Box<dyn VirtioDevice>> {
+        self.0.into_iter().map(|device| device.unwrap_or_else(|| Box::new(Balloon::new(balloon))))
+    }
+}
+
+fn open(config: &DeviceConfig) -> Result<Option<Box<dyn VirtioDevice>>, VirtioError> {
     Ok(match config {
-        DeviceConfig::Rng => Box::new(Rng::new()),
-        DeviceConfig::Block(config) => Box::new(Block::new(config)?),
-        DeviceConfig::Net(config) => Box::new(Net::new(config)?),
-        DeviceConfig::Balloon => Box::new(Balloon::new(balloon)),
-        DeviceConfig::Vsock(config) => Box::new(Vsock::new(config)?),
+        DeviceConfig::Rng => Some(Box::new(Rng::new())),
+        DeviceConfig::Block(config) => Some(Box::new(Block::new(config)?)),
+        DeviceConfig::Net(config) => Some(Box::new(Net::new(config)?)),
+        DeviceConfig::Balloon => None,
+        DeviceConfig::Vsock(config) => Some(Box::new(Vsock::new(config)?)),
     })
 }
 

@@ -1,20 +1,23 @@
 //! The channel between the supervisor that restores and a VM's new process: a UNIX stream socket.
 //!
-//! The supervisor sends one line of JSON with the VM's files (SCM_RIGHTS: the state file, then those of RAM); the VM
-//! answers with a line of JSON per event. What matters is `first-instruction`, which the VM sends *before* its guest
-//! runs: once it is sent, the VM may never be started again from that memory. A supervisor that reads the end of the
-//! channel without having seen it can be sure that no guest has run.
+//! The supervisor sends two lines of JSON, each with files (SCM_RIGHTS): first who the VM is, with its state file; then its memory,
+//! as soon as the kernel has given that back. In between the VM decodes its document and opens its disks and taps. It answers with a
+//! line of JSON per event. What matters is `first-instruction`, which the VM sends *before* its guest runs: once it is sent, the VM
+//! may never be started again from that memory. A supervisor that reads the end of the channel without having seen it can be sure
+//! that no guest has run.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use kho_abi::document::timeline::TimelineV1;
+use kho_abi::document::timeline::TimelineV2;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
 };
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::control::interface::{Mark, RamFile, known_marks, marks};
@@ -49,13 +52,18 @@ impl ChannelError {
     }
 }
 
-/// What the supervisor says about the VM it hands over.
+/// What the supervisor says first of a VM that it hands over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
     /// The VM's name.
     pub name: String,
     /// Which attempt to restore it this is, from 1.
     pub attempt: u32,
+}
+
+/// What it says when the VM's memory is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
     /// Counts per second of the counter behind `marks`.
     pub counter_hz: u64,
     /// What is known of the live update so far.
@@ -64,16 +72,15 @@ pub struct Handover {
     pub ram: Vec<RamFile>,
 }
 
-impl Handover {
-    /// What is known of the live update so far.
-    pub fn timeline(&self) -> TimelineV1 {
-        TimelineV1 { frequency_hz: self.counter_hz, marks: known_marks(&self.marks) }
+impl Memory {
+    /// Memory in files of those tokens and sizes, at that point of the update.
+    pub fn new(timeline: &TimelineV2, ram: Vec<RamFile>) -> Self {
+        Self { counter_hz: timeline.frequency_hz, marks: marks(&timeline.marks), ram }
     }
 
-    /// The handover of one VM.
-    pub fn new(name: &str, attempt: u32, timeline: &TimelineV1, ram: Vec<RamFile>) -> Self {
-        let (counter_hz, marks) = (timeline.frequency_hz, marks(&timeline.marks));
-        Self { name: name.to_owned(), attempt, counter_hz, marks, ram }
+    /// What is known of the live update so far.
+    pub fn timeline(&self) -> TimelineV2 {
+        TimelineV2 { frequency_hz: self.counter_hz, marks: known_marks(&self.marks) }
     }
 }
 
@@ -100,18 +107,21 @@ pub enum Event {
     },
 }
 
-/// Sends a VM: the state file, then its RAM.
-pub fn send(
-    channel: &UnixStream,
-    handover: &Handover,
-    state: BorrowedFd<'_>,
-    ram: &[OwnedFd],
-) -> Result<(), ChannelError> {
-    let line = line(handover)?;
-    let files: Vec<BorrowedFd<'_>> = std::iter::once(state).chain(ram.iter().map(AsFd::as_fd)).collect();
+/// Sends who a VM is, and its state file.
+pub fn send_handover(channel: &UnixStream, handover: &Handover, state: &OwnedFd) -> Result<(), ChannelError> {
+    send(channel, handover, &[state.as_fd()])
+}
+
+/// Sends a VM's memory.
+pub fn send_memory(channel: &UnixStream, memory: &Memory, ram: &[OwnedFd]) -> Result<(), ChannelError> {
+    send(channel, memory, &ram.iter().map(AsFd::as_fd).collect::<Vec<_>>())
+}
+
+fn send(channel: &UnixStream, value: &impl Serialize, files: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
+    let line = line(value)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if files.len() > MAX_FILES || !control.push(SendAncillaryMessage::ScmRights(&files)) {
+    if files.len() > MAX_FILES || !control.push(SendAncillaryMessage::ScmRights(files)) {
         return Err(ChannelError::Malformed(format!("{} files at once, at most {MAX_FILES} can be sent", files.len())));
     }
     let sent = rustix::net::sendmsg(channel, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL);
@@ -122,36 +132,65 @@ pub fn send(
         .map_err(|source| ChannelError::Io { operation: "write to", source })
 }
 
-/// A VM that has arrived.
+/// The supervisor's lines, as the VM reads them.
 #[derive(Debug)]
-pub struct Received {
-    /// What is said about it.
-    pub handover: Handover,
-    /// The state file.
-    pub state: OwnedFd,
-    /// The RAM files, by token.
-    pub ram: Vec<(u64, OwnedFd)>,
+pub struct Arrivals<'channel> {
+    channel: &'channel UnixStream,
+    /// What has come and belongs to no line that was read: a second line may come together with the first.
+    text: Vec<u8>,
+    files: VecDeque<OwnedFd>,
 }
 
-/// Receives a VM.
-pub fn receive(channel: &UnixStream) -> Result<Received, ChannelError> {
-    let mut files = Vec::new();
-    let mut text = Vec::new();
-    while text.last() != Some(&b'\n') {
-        if text.len() as u64 >= MAX_LINE {
-            return Err(ChannelError::Malformed("a line without end".to_owned()));
+impl<'channel> Arrivals<'channel> {
+    /// Reads from `channel`.
+    pub fn new(channel: &'channel UnixStream) -> Self {
+        Self { channel, text: Vec::new(), files: VecDeque::new() }
+    }
+
+    /// Waits to be told who the VM is, and for its state file.
+    pub fn handover(&mut self) -> Result<(Handover, OwnedFd), ChannelError> {
+        let handover = self.line()?;
+        let Some(state) = self.files.pop_front() else {
+            return Err(ChannelError::Malformed("no state file".to_owned()));
+        };
+        Ok((handover, state))
+    }
+
+    /// Waits for the VM's memory: the files by token.
+    pub fn memory(&mut self) -> Result<(Memory, Vec<(u64, OwnedFd)>), ChannelError> {
+        let memory: Memory = self.line()?;
+        if self.files.len() != memory.ram.len() {
+            return Err(ChannelError::Malformed(format!("{} files for {} of RAM", self.files.len(), memory.ram.len())));
         }
+        let ram = memory.ram.iter().map(|file| file.token).zip(self.files.drain(..)).collect();
+        Ok((memory, ram))
+    }
+
+    fn line<T: DeserializeOwned>(&mut self) -> Result<T, ChannelError> {
+        loop {
+            if let Some(end) = self.text.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.text.drain(..=end).collect();
+                return serde_json::from_slice(&line).map_err(|error| ChannelError::Malformed(error.to_string()));
+            }
+            if self.text.len() as u64 >= MAX_LINE {
+                return Err(ChannelError::Malformed("a line without end".to_owned()));
+            }
+            self.receive()?;
+        }
+    }
+
+    fn receive(&mut self) -> Result<(), ChannelError> {
         let mut buffer = [0; 4096];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let slices = &mut [IoSliceMut::new(&mut buffer)];
-        let received = match rustix::net::recvmsg(channel, slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other.map_err(ChannelError::io("read from"))?,
-        };
+        let received = rustix::io::retry_on_intr(|| {
+            let slices = &mut [IoSliceMut::new(&mut buffer)];
+            rustix::net::recvmsg(self.channel, slices, &mut control, RecvFlags::CMSG_CLOEXEC)
+        });
+        let received = received.map_err(ChannelError::io("read from"))?;
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {
-                files.extend(rights);
+                self.files.extend(rights);
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
@@ -160,17 +199,9 @@ pub fn receive(channel: &UnixStream) -> Result<Received, ChannelError> {
         if received.bytes == 0 {
             return Err(ChannelError::Closed);
         }
-        text.extend_from_slice(buffer.get(..received.bytes).unwrap_or_default());
+        self.text.extend_from_slice(buffer.get(..received.bytes).unwrap_or_default());
+        Ok(())
     }
-    let handover: Handover =
-        serde_json::from_slice(&text).map_err(|error| ChannelError::Malformed(error.to_string()))?;
-    if files.len() != handover.ram.len() + 1 {
-        return Err(ChannelError::Malformed(format!("{} files for {} of RAM", files.len(), handover.ram.len())));
-    }
-    let mut files = files.into_iter();
-    let Some(state) = files.next() else { return Err(ChannelError::Malformed("no state file".to_owned())) };
-    let ram = handover.ram.iter().map(|file| file.token).zip(files).collect();
-    Ok(Received { handover, state, ram })
 }
 
 /// Tells the supervisor what has happened.
@@ -232,23 +263,29 @@ mod tests {
         content
     }
 
-    fn handover(ranges: u64) -> Handover {
-        let timeline = TimelineV1 { frequency_hz: 1000, marks: vec![(Phase::PauseAsked, 5), (Phase::InitReached, 9)] };
-        let ram = (0..ranges).map(|index| RamFile { token: 0x100 + index, size: 4096 }).collect();
-        Handover::new("a", 2, &timeline, ram)
+    fn handover() -> Handover {
+        Handover { name: "a".to_owned(), attempt: 2 }
+    }
+
+    fn memory(ranges: u64) -> Memory {
+        let timeline = TimelineV2 { frequency_hz: 1000, marks: vec![(Phase::PauseAsked, 5), (Phase::InitReached, 9)] };
+        Memory::new(&timeline, (0..ranges).map(|index| RamFile { token: 0x100 + index, size: 4096 }).collect())
     }
 
     #[test]
     fn vm_arrives_with_its_files_in_order() {
         for ranges in [0, 1, 64] {
             let (supervisor, vm) = UnixStream::pair().unwrap();
-            let ram: Vec<OwnedFd> = (0..ranges).map(|index| memfd(&[index as u8, 0, 7])).collect();
-            let sent = handover(ranges);
-            send(&supervisor, &sent, memfd(b"doc").as_fd(), &ram).unwrap();
-            let Received { handover, state, ram } = receive(&vm).unwrap();
-            assert_eq!(handover, sent);
-            assert_eq!(handover.timeline().counter(Phase::InitReached), Some(9));
-            assert_eq!(content(state), b"doc");
+            let files: Vec<OwnedFd> = (0..ranges).map(|index| memfd(&[index as u8, 0, 7])).collect();
+            // Both are on their way before the first is read.
+            send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
+            send_memory(&supervisor, &memory(ranges), &files).unwrap();
+            let mut arrivals = Arrivals::new(&vm);
+            let (said, state) = arrivals.handover().unwrap();
+            assert_eq!((said, content(state).as_slice()), (handover(), b"doc".as_slice()));
+            let (said, ram) = arrivals.memory().unwrap();
+            assert_eq!(said, memory(ranges));
+            assert_eq!(said.timeline().counter(Phase::InitReached), Some(9));
             for (index, (token, file)) in ram.into_iter().enumerate() {
                 assert_eq!(token, 0x100 + index as u64);
                 assert_eq!(content(file), [index as u8, 0, 7]);
@@ -259,18 +296,27 @@ mod tests {
     #[test]
     fn vm_with_a_file_missing_is_refused() {
         let (supervisor, vm) = UnixStream::pair().unwrap();
-        send(&supervisor, &handover(2), memfd(b"doc").as_fd(), &[memfd(b"ram")]).unwrap();
-        assert!(matches!(receive(&vm), Err(ChannelError::Malformed(_))));
+        send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
+        send_memory(&supervisor, &memory(2), &[memfd(b"ram")]).unwrap();
+        let mut arrivals = Arrivals::new(&vm);
+        arrivals.handover().unwrap();
+        assert!(matches!(arrivals.memory(), Err(ChannelError::Malformed(_))));
     }
 
     #[test]
     fn supervisor_that_goes_or_lies_is_noticed() {
         let (supervisor, vm) = UnixStream::pair().unwrap();
+        send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
         drop(supervisor);
-        assert!(matches!(receive(&vm), Err(ChannelError::Closed)));
+        let mut arrivals = Arrivals::new(&vm);
+        arrivals.handover().unwrap();
+        assert!(matches!(arrivals.memory(), Err(ChannelError::Closed)));
         let (mut supervisor, vm) = UnixStream::pair().unwrap();
         supervisor.write_all(b"{\"name\":\n").unwrap();
-        assert!(matches!(receive(&vm), Err(ChannelError::Malformed(_))));
+        assert!(matches!(Arrivals::new(&vm).handover(), Err(ChannelError::Malformed(_))));
+        let (mut supervisor, vm) = UnixStream::pair().unwrap();
+        supervisor.write_all(b"{\"name\":\"a\",\"attempt\":1}\n").unwrap();
+        assert!(matches!(Arrivals::new(&vm).handover(), Err(ChannelError::Malformed(_))));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Instant;
 
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use serde_json::{Map, Value, json};
 
 /// Takes back what is on a terminal's current line.
@@ -115,9 +115,9 @@ fn milliseconds(value: f64) -> f64 {
 }
 
 /// A timeline for programs: `phases` (name to milliseconds since the phase before), `marks`, `counter_hz`, `blackout_ms`.
-pub fn timeline_fields(timeline: Option<&TimelineV1>) -> Map<String, Value> {
+pub fn timeline_fields(timeline: Option<&TimelineV2>) -> Map<String, Value> {
     let phases: Map<String, Value> = timeline
-        .map(TimelineV1::phases)
+        .map(TimelineV2::phases)
         .unwrap_or_default()
         .into_iter()
         .map(|(phase, ms)| (phase.name().to_owned(), json!(milliseconds(ms))))
@@ -129,7 +129,7 @@ pub fn timeline_fields(timeline: Option<&TimelineV1>) -> Map<String, Value> {
     fields.insert("phases".to_owned(), phases.into());
     fields.insert("marks".to_owned(), marks.into());
     fields.insert("counter_hz".to_owned(), json!(timeline.map(|timeline| timeline.frequency_hz)));
-    fields.insert("blackout_ms".to_owned(), json!(timeline.and_then(TimelineV1::blackout_ms).map(milliseconds)));
+    fields.insert("blackout_ms".to_owned(), json!(timeline.and_then(TimelineV2::blackout_ms).map(milliseconds)));
     fields
 }
 
@@ -145,7 +145,7 @@ pub fn with_fields(base: Value, more: Map<String, Value>) -> Value {
 }
 
 /// A timeline for people: a line per phase, and the blackout.
-pub fn timeline_text(timeline: &TimelineV1) -> String {
+pub fn timeline_text(timeline: &TimelineV2) -> String {
     let mut text = String::new();
     for (phase, ms) in timeline.phases() {
         text.push_str(&format!("  {:<18} {ms:>10.1} ms\n", phase.name()));
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn timeline_is_told_with_every_phase_and_the_blackout() {
-        let mut timeline = TimelineV1::new(1_000_000);
+        let mut timeline = TimelineV2::new(1_000_000);
         timeline.mark(Phase::PauseAsked, 1_000);
         timeline.mark(Phase::VcpusStopped, 1_500);
         timeline.mark(Phase::FirstInstruction, 3_001_000);

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
-use kho_abi::document::timeline::TimelineV1;
+use kho_abi::document::timeline::TimelineV2;
 use rustix::io::FdFlags;
 
 use crate::arch;
@@ -14,10 +14,10 @@ use crate::config::VmConfig;
 use crate::control::interface::marks;
 use crate::control::server::{self, chain};
 use crate::control::socket::{Claim, RunDir, SocketError};
-use crate::handover::channel::{self, Event, Received};
+use crate::handover::channel::{self, Arrivals, Event};
 use crate::host::kept::KeptVm;
 use crate::host::signals::{self, Signals};
-use crate::vm::{Ending, Incoming, Vm};
+use crate::vm::{Arriving, Ending, Vm, VmError};
 
 /// Runs a VM until it ends.
 pub fn run(dir: &RunDir, arguments: RunArgs) -> anyhow::Result<u8> {
@@ -48,15 +48,15 @@ fn cold(dir: &RunDir, arguments: RunArgs, signals: Signals) -> anyhow::Result<u8
 
 fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u8> {
     let channel = adopt(descriptor).context("--restore is for `vmm restore` only")?;
-    let Received { handover, state, ram } = channel::receive(&channel)?;
+    let mut arrivals = Arrivals::new(&channel);
+    let (handover, state) = arrivals.handover()?;
     tracing::info!(vm = handover.name, attempt = handover.attempt, "restoring");
     let tell = |event| {
         if let Err(error) = channel::tell(&channel, &event) {
             tracing::error!(error = %chain(&error), "cannot tell the supervisor");
         }
     };
-    let incoming = Incoming { state, ram, timeline: handover.timeline() };
-    let (claim, vm) = match build(dir, &handover.name, incoming, signals) {
+    let (claim, vm) = match build(dir, &handover.name, &state, &mut arrivals, signals) {
         Ok(built) => built,
         Err(Unbuilt::Refused(error)) => {
             tell(Event::Refused { reason: format!("{error:#}") });
@@ -69,7 +69,7 @@ fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u
         }
     };
     tell(Event::MachineBuilt);
-    let started = vm.run(Box::new(move |timeline: &TimelineV1| {
+    let started = vm.run(Box::new(move |timeline: &TimelineV2| {
         // From here on the guest counts as running. A supervisor that cannot hear this is dead, and with it all claim to
         // start this VM again, so the guest runs in either case.
         if let Err(error) = channel::tell(&channel, &Event::FirstInstruction { marks: marks(&timeline.marks) }) {
@@ -90,18 +90,28 @@ enum Unbuilt {
     Failed(anyhow::Error),
 }
 
+impl From<VmError> for Unbuilt {
+    fn from(error: VmError) -> Self {
+        if error.is_refusal() { Self::Refused(error.into()) } else { Self::Failed(error.into()) }
+    }
+}
+
 /// Everything that can fail, before the guest runs.
-fn build(dir: &RunDir, name: &str, incoming: Incoming, signals: Signals) -> Result<(Claim, Vm), Unbuilt> {
+fn build(
+    dir: &RunDir,
+    name: &str,
+    state: &OwnedFd,
+    arrivals: &mut Arrivals<'_>,
+    signals: Signals,
+) -> Result<(Claim, Vm), Unbuilt> {
     let failed = |error: anyhow::Error| Unbuilt::Failed(error);
     let claim = Claim::take(dir, name).map_err(|error| failed(error.into()))?;
-    let vm = Vm::restored(incoming).map_err(|error| match error.is_refusal() {
-        true => Unbuilt::Refused(error.into()),
-        false => Unbuilt::Failed(error.into()),
-    })?;
-    let built = vm.status().name;
-    if built != name {
-        return Err(Unbuilt::Refused(anyhow!("the document is that of a VM called {built}")));
+    let arriving = Arriving::new(state)?;
+    if arriving.name() != name {
+        return Err(Unbuilt::Refused(anyhow!("the document is that of a VM called {}", arriving.name())));
     }
+    let (memory, ram) = arrivals.memory().map_err(|error| failed(error.into()))?;
+    let vm = arriving.restore(ram, memory.timeline())?;
     attend(&claim, &vm, signals).map_err(failed)?;
     Ok((claim, vm))
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use kho_abi::document::index::{ClockV1, IndexV2};
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use rustix::time::ClockId;
 use serde_json::{Value, json};
 
@@ -137,7 +137,7 @@ impl<'arguments> Update<'arguments> {
     ) -> anyhow::Result<Self> {
         let Checked { files, device, frequency_hz, vms, locks } = checked;
         let generation = vms.iter().map(|vm| vm.status.generation).max().unwrap_or_default() + 1;
-        let mut timeline = TimelineV1::new(frequency_hz);
+        let mut timeline = TimelineV2::new(frequency_hz);
         timeline.mark(Phase::UpdateStarted, started);
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let mut workers = Vec::new();

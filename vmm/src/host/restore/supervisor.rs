@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use kho_abi::document::header;
 use kho_abi::document::index::{IndexEntryV1, IndexV2};
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 use kho_abi::{names, tokens};
 use serde_json::{Value, json};
 
@@ -24,7 +24,7 @@ use crate::control::interface::{RamFile, known_marks};
 use crate::control::server::chain;
 use crate::control::socket::{RunDir, SocketError, WorkLock};
 use crate::fault;
-use crate::handover::channel::Handover;
+use crate::handover::channel::{Handover, Memory};
 use crate::handover::luo::{Device, IncomingSession, LuoError};
 use crate::host::clock;
 use crate::host::kept::KeptVm;
@@ -62,7 +62,7 @@ struct HandedOver {
 /// How it went with one VM.
 struct Outcome {
     attempts: u32,
-    timeline: TimelineV1,
+    timeline: TimelineV2,
     result: Result<(), Kept>,
 }
 
@@ -167,7 +167,7 @@ impl Supervisor<'_> {
         begun: Instant,
         index: &IndexV2,
         sessions: Vec<Result<IncomingSession, LuoError>>,
-        timeline: &TimelineV1,
+        timeline: &TimelineV2,
     ) -> Vec<Outcome> {
         let (sender, inbox) = mpsc::channel();
         let mut outcomes: Vec<Option<Outcome>> = index.vms.iter().map(|_| None).collect();
@@ -227,7 +227,7 @@ fn carry_out(slot: &Slot<'_>, number: usize, sender: &Sender<Message>) {
 }
 
 /// How it went.
-fn result(index: &IndexV2, timeline: &TimelineV1, outcomes: &[Outcome]) -> Value {
+fn result(index: &IndexV2, timeline: &TimelineV2, outcomes: &[Outcome]) -> Value {
     let vms: Vec<Value> = index
         .vms
         .iter()
@@ -274,7 +274,7 @@ struct Work<'a> {
     begun: Instant,
     vm: &'a IndexEntryV1,
     generation: u64,
-    timeline: TimelineV1,
+    timeline: TimelineV2,
     attempts: u32,
     events: Sender<Message>,
 }
@@ -309,9 +309,10 @@ impl Work<'_> {
     }
 
     fn restore(&mut self, session: IncomingSession) -> Result<(), Kept> {
-        // Its process starts while its memory is retrieved: both take time, inside the blackout.
+        // Its process starts, decodes the document and opens what its devices need while the memory is retrieved: all of that takes
+        // time, inside the blackout.
         let mut process = Some(self.start(1));
-        let files = match self.retrieve(&session) {
+        let files = match self.retrieve(&session, process.as_ref()) {
             Ok(files) => files,
             Err(reason) => return Err(Kept { reason, _session: Some(session), _files: None }),
         };
@@ -323,8 +324,10 @@ impl Work<'_> {
         let mut reason = String::new();
         for attempt in 1..=ATTEMPTS {
             self.attempts = attempt;
-            let started = process.take().unwrap_or_else(|| self.start(attempt));
-            reason = match started.map(|process| self.try_once(attempt, process, &files)) {
+            let started = process.take().unwrap_or_else(|| {
+                self.start(attempt).inspect(|process| process.announce(&self.handover(attempt), &files.state))
+            });
+            reason = match started.map(|process| self.try_once(process, &files)) {
                 Ok(Ok(())) => {
                     self.finish(session);
                     return Ok(());
@@ -345,10 +348,21 @@ impl Work<'_> {
             .map_err(|error| format!("cannot start its process: {error}"))
     }
 
-    fn retrieve(&self, session: &IncomingSession) -> Result<Files, String> {
+    fn handover(&self, attempt: u32) -> Handover {
+        Handover { name: self.vm.name.clone(), attempt }
+    }
+
+    fn retrieve(
+        &self,
+        session: &IncomingSession,
+        process: Option<&Result<VmProcess, String>>,
+    ) -> Result<Files, String> {
         fault::at_vm("restore.files-retrieved", Some(&self.vm.name)).map_err(|error| error.to_string())?;
         // All of it before anything is judged, so that whatever can be kept is kept. A file that fails is lost.
         let state = session.retrieve(self.vm.state_token);
+        if let (Ok(state), Some(Ok(process))) = (&state, process) {
+            process.announce(&self.handover(1), state);
+        }
         let ram: Vec<_> = self.vm.ram.iter().map(|&(token, _)| session.retrieve(token)).collect();
         let ram: Result<Vec<OwnedFd>, LuoError> = ram.into_iter().collect();
         match (state, ram) {
@@ -357,14 +371,13 @@ impl Work<'_> {
         }
     }
 
-    fn try_once(&mut self, attempt: u32, process: VmProcess, files: &Files) -> Result<(), End> {
+    fn try_once(&mut self, process: VmProcess, files: &Files) -> Result<(), End> {
         let ram = self.vm.ram.iter().map(|&(token, size)| RamFile { token, size }).collect();
-        let handover = Handover::new(&self.vm.name, attempt, &self.timeline, ram);
-        let marks = process.hand_over(&handover, &files.state, &files.ram)?;
+        let marks = process.hand_over(&Memory::new(&self.timeline, ram), &files.ram)?;
         for (phase, counter) in known_marks(&marks) {
             self.timeline.mark(phase, counter);
         }
-        self.tell(json!({"event": "running", "attempt": attempt, "blackout_ms": self.timeline.blackout_ms()}));
+        self.tell(json!({"event": "running", "attempt": self.attempts, "blackout_ms": self.timeline.blackout_ms()}));
         Ok(())
     }
 

@@ -2,7 +2,8 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -15,7 +16,7 @@ use crate::control::interface::Mark;
 use crate::control::server::chain;
 use crate::control::socket::RunDir;
 use crate::fault;
-use crate::handover::channel::{self, ChannelError, Event, Events, Handover};
+use crate::handover::channel::{self, ChannelError, Event, Events, Handover, Memory};
 
 /// How long a VM may take to run its first instruction. It takes a fraction of a second; one that is stuck is killed,
 /// which is safe as long as it has not said that its guest runs.
@@ -57,11 +58,26 @@ impl VmProcess {
         Ok(Self { child: Some(child), channel })
     }
 
-    /// Hands the VM over and waits until its guest is about to run. Returns the marks it has set.
-    pub fn hand_over(mut self, handover: &Handover, state: &OwnedFd, ram: &[OwnedFd]) -> Result<Vec<Mark>, End> {
-        let said = match channel::send(&self.channel, handover, state.as_fd(), ram) {
+    /// Tells it which VM it is to be, and gives it its state, so that it gets ready for the memory. Whether it has ended meanwhile
+    /// shows when that is handed over.
+    pub fn announce(&self, handover: &Handover, state: &OwnedFd) {
+        if let Err(error) = channel::send_handover(&self.channel, handover, state) {
+            tracing::warn!(error = %chain(&error), vm = handover.name, "cannot tell its process what it is to be");
+        }
+    }
+
+    /// Hands the memory over and waits until the guest is about to run. Returns the marks that the process has set.
+    pub fn hand_over(mut self, memory: &Memory, ram: &[OwnedFd]) -> Result<Vec<Mark>, End> {
+        let said = match channel::send_memory(&self.channel, memory, ram) {
             Ok(()) => self.listen(),
-            Err(error) => Err(End::Died(chain(&error))),
+            Err(error) => {
+                // It need not wait any longer. And if it has ended, it may have said why.
+                drop(self.channel.shutdown(Shutdown::Write));
+                match self.listen() {
+                    Err(End::Died(_)) => Err(End::Died(chain(&error))),
+                    said => said,
+                }
+            }
         };
         match said {
             Ok(marks) => {

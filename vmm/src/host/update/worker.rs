@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use kho_abi::document::header;
 use kho_abi::document::index::IndexEntryV1;
-use kho_abi::document::timeline::{Phase, TimelineV1};
+use kho_abi::document::timeline::{Phase, TimelineV2};
 
 use super::check::Candidate;
 use crate::control::client::{Client, ClientError, Watch};
@@ -156,7 +156,7 @@ impl Work {
             // Until it is known: what the largest would have, so that a draft of the index is no smaller than the index.
             document_bytes: header::CAP as u64,
             ram: prepared.ram.iter().map(|range| (range.token, range.size)).collect(),
-            marks: TimelineV1::new(self.frequency_hz),
+            marks: TimelineV2::new(self.frequency_hz),
         };
         self.preserved = Some(Preserved { _session: session, state, _ram: ram_files });
         Ok(Done::Prepared(entry))
