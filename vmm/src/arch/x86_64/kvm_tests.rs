@@ -39,7 +39,10 @@ impl Machine {
             let arch = VcpuArch::new(&kvm, &vm, &vcpu, (id, CPUS), state).unwrap();
             (vcpu, arch)
         });
-        let vcpus = vcpus.collect();
+        let vcpus: Vec<_> = vcpus.collect();
+        // KVM looks at which LAPICs there are when one is written to, as by a guest that starts.
+        let (second, _) = &vcpus[SECOND];
+        second.set_lapic(&second.get_lapic().unwrap()).unwrap();
         Self { vm, vcpus }
     }
 
