@@ -10,6 +10,7 @@
 #   lab.cpus=N               how many processors it must find
 #   lab.net=ADDRESS/BITS     its network card's address
 #   lab.memory=MIB          memory to fill where there is some to spare, and to read back
+#   lab.hog=MIB             memory that is taken once, as soon as there is not so much to spare
 #   lab.data=DEVICE          a file system for /data
 #   lab.load=KIND,OPTION,... a load, run by lab-load, which speaks for itself; any number of times
 mount -t proc proc /proc
@@ -17,7 +18,7 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 
-lines=0 end=poweroff disk= rng= cpus= net= memory= data= loads=
+lines=0 end=poweroff disk= rng= cpus= net= memory= hog= data= loads=
 bad='BUG:|Oops|stalls? on|stall detected|stalled for|lockup|WARNING:|Call Trace|Machine check|unchecked MSR'
 for word in $(cat /proc/cmdline); do
   case $word in
@@ -30,6 +31,7 @@ for word in $(cat /proc/cmdline); do
     lab.load=*) loads=1 ;;
     lab.cpus=*) cpus=${word#*=} ;;
     lab.memory=*) memory=${word#*=} ;;
+    lab.hog=*) hog=${word#*=} ;;
   esac
 done
 
@@ -81,6 +83,21 @@ check_rng() {
 }
 random=$(: | sha256sum)
 
+available() { # MiB of memory to spare
+  awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo
+}
+
+# What takes it is killed unless somebody gives memory up for it.
+take_memory() {
+  [ "$(available)" -lt "$hog" ] || return 0
+  if dd if=/dev/zero of=/dev/null bs="${hog}M" count=1 2>/dev/null; then
+    echo "LOAD line n=1 of=hog mib=$hog"
+  else
+    echo "DAMAGE hog mib=$hog"
+  fi
+  hog=
+}
+
 # Filled with copies of the file, which stay until the next time. Then the memory is left free for longer than Linux waits (2 s)
 # before it reports free memory to its host.
 fills=0 filled=
@@ -100,8 +117,7 @@ use_memory() {
     echo "LOAD line n=$fills of=memory mib=$memory"
   fi
   [ $((n % 4)) = 0 ] || return 0
-  available=$(awk '/^MemAvailable:/ { print int($2 / 1024) }' /proc/meminfo)
-  if [ "$available" -ge $((memory + 24)) ]; then
+  if [ "$(available)" -ge $((memory + 24)) ]; then
     [ -n "$filled" ] || { filled=$(copies | sha256sum) filled=${filled%"${filled#????????????????}"}; }
     copies > /tmp/fill || rm /tmp/fill
   fi
@@ -128,6 +144,7 @@ online=$(grep -c '^processor' /proc/cpuinfo)
 [ -z "$cpus" ] || [ "$cpus" = "$online" ] || echo "DAMAGE processors online=$online given=$cpus"
 
 [ -z "$memory" ] || echo "LOAD start of=memory"
+[ -z "$hog" ] || echo "LOAD start of=hog"
 echo "LINUX start release=$(uname -r) sum=$right"
 n=0 before=$(milliseconds) ticks_before=0 wall_before=$(date +%s) complaints=0
 while :; do
@@ -151,6 +168,7 @@ while :; do
   [ -z "$disk" ] || check_disk
   [ -z "$rng" ] || check_rng
   [ -z "$memory" ] || use_memory
+  [ -z "$hog" ] || take_memory
   echo "LINUX line n=$n clock_ms=$now ticks=$ticks sum=$sum"
   if [ "$n" = "$lines" ]; then
     echo "LINUX end how=$end"

@@ -66,8 +66,32 @@ fn a_guest_gives_memory_back_through_live_updates_and_gets_it_again(architecture
         rehearse(host)?;
         await_fills(host, &mut guest, 2)?;
         await_backed(host, MEMORY - 24)?;
-        guest.await_beats(host, 1)
+        guest.await_beats(host, 1)?;
+        host.run(&["vmm", "stop", "guest"])?.success()?;
+        takes_memory_back_by_itself(host)
     })
+}
+
+/// A guest that has given up more than it can do without kills nobody for it.
+fn takes_memory_back_by_itself(host: &mut Host) -> Result<()> {
+    const MEMORY: u32 = 128;
+    const BALLOON: u64 = 56;
+    // More than is left then, and less than that and the balloon.
+    const TAKEN: &str = "lab.hog=40";
+    let mut guest = Guest::linux("guest", MEMORY).flag("balloon").with(TAKEN).start(host)?;
+    let takings = |guest: &Running| guest.log.loads.get("hog").map_or(0, |load| load.beats);
+    guest.await_beats(host, 2)?;
+    ensure!(takings(&guest) == 0, "the guest has too little memory for this test");
+    ask(host, BALLOON)?;
+    host.wait_until("the guest to take memory", PATIENCE, |_| {
+        guest.log.read_on()?;
+        guest.check_unharmed()?;
+        Ok((takings(&guest) > 0).then_some(()))
+    })?;
+    let told = balloon(host)?;
+    let [target, actual] = ["target", "actual"].map(|name| told[name].as_u64().unwrap_or(0));
+    ensure!(target == BALLOON * MIB && actual < target, "the guest has had its memory from elsewhere: {told}");
+    Ok(())
 }
 
 /// Waits until the guest has filled so much memory so many more times, and found there what it had put there.
