@@ -87,6 +87,14 @@ fn open(config: &DeviceConfig) -> Result<Option<Box<dyn VirtioDevice>>, VirtioEr
     })
 }
 
+/// Reads what there is of a configuration space.
+fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
+}
+
 /// How a device reaches its driver.
 pub trait Notifier: Send + Sync {
     /// There are used buffers in a queue.

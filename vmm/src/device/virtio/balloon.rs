@@ -25,7 +25,7 @@ pub use self::control::{BalloonError, BalloonStatus, Control};
 use self::pages::Pages;
 use self::work::BalloonWork;
 use super::worker::Worker;
-use super::{Activation, ActiveQueue, VirtioDevice, VirtioError};
+use super::{Activation, ActiveQueue, VirtioDevice, VirtioError, read_space};
 
 /// The driver takes no page back before it has told, and was heard.
 const F_MUST_TELL_HOST: u32 = 0;
@@ -76,11 +76,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.control.config_space();
-        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_space(&self.control.config_space(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -27,7 +27,7 @@ use self::request::{DISCARD_SECTORS_MAX, RANGES_MAX, SEGMENTS_MAX, ZEROES_SECTOR
 use self::ring::Ring;
 use self::work::BlockWork;
 use super::worker::Worker;
-use super::{Activation, ActiveQueue, VirtioDevice, VirtioError};
+use super::{Activation, ActiveQueue, VirtioDevice, VirtioError, read_space};
 use crate::config::block::{BlockConfig, ID_MAX};
 
 /// Entries of the queue.
@@ -112,11 +112,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config_space();
-        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_space(&self.config_space(), offset, data);
     }
 
     /// The driver can only write to `writeback`, which it is not offered.

@@ -25,7 +25,7 @@ use virtio_queue::QueueT;
 use self::tap::Tap;
 use self::work::NetWork;
 use super::worker::Worker;
-use super::{Activation, ActiveQueue, Notifier, VirtioDevice, VirtioError};
+use super::{Activation, ActiveQueue, Notifier, VirtioDevice, VirtioError, read_space};
 use crate::config::net::{MacAddress, NetConfig};
 
 /// Entries of the queues: frames to the guest, frames from it, and what it has to say. The first is long, as a large frame takes
@@ -142,11 +142,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config_space();
-        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_space(&self.config_space(), offset, data);
     }
 
     /// A driver can only write to the address of a device of old.

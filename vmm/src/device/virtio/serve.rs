@@ -6,6 +6,27 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{ActiveQueue, Notifier};
 
+/// What a thread does with a queue before it looks at anything else.
+#[derive(Clone, Copy)]
+pub struct Round {
+    /// How many chains may still be taken.
+    pub left: usize,
+    /// Whether one was given back that the driver has not been told of.
+    pub given: bool,
+}
+
+impl Round {
+    /// A round of so many chains.
+    pub fn of(left: usize) -> Self {
+        Self { left, given: false }
+    }
+
+    /// A chain was taken and given back.
+    pub fn gave(&mut self) {
+        *self = Self { left: self.left - 1, given: true };
+    }
+}
+
 impl ActiveQueue {
     /// The next available chain. When there is none, the driver will kick for the next one.
     pub fn take<'m>(&mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<&'m GuestMemoryMmap>> {
@@ -63,6 +84,16 @@ impl ActiveQueue {
         // Where it cannot be known whether the driver wants to be told, it is told.
         if self.queue.needs_notification(memory).unwrap_or(true) {
             notifier.queue_used(number);
+        }
+    }
+
+    /// Ends a round. The driver is told of what was given back; what there may be beyond a whole round is for another one.
+    pub fn end_round(&mut self, memory: &GuestMemoryMmap, notifier: &dyn Notifier, number: usize, round: Round) {
+        if round.given {
+            self.tell(memory, notifier, number as u16);
+        }
+        if round.left == 0 {
+            self.again();
         }
     }
 

@@ -23,7 +23,7 @@ use virtio_queue::QueueT;
 use self::table::Table;
 use self::work::{News, VsockWork};
 use super::worker::Worker;
-use super::{Activation, ActiveQueue, VirtioDevice, VirtioError};
+use super::{Activation, ActiveQueue, VirtioDevice, VirtioError, read_space};
 use crate::config::vsock::VsockConfig;
 
 /// Entries of the queues: packets to the guest, packets from it, and events.
@@ -69,11 +69,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = u64::from(self.config.cid).to_le_bytes();
-        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_space(&u64::from(self.config.cid).to_le_bytes(), offset, data);
     }
 
     /// A driver can only read it.

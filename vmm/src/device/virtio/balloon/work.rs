@@ -18,6 +18,7 @@ use super::control::Control;
 use super::pages::{BLOCK, PAGE, Pages};
 use super::statistics::Statistics;
 use super::{F_MUST_TELL_HOST, F_REPORTING, F_STATS_VQ};
+use crate::device::virtio::serve::Round;
 use crate::device::virtio::worker::Work;
 use crate::device::virtio::{ActiveQueue, Notifier};
 use crate::memory::discards::Discarded;
@@ -174,23 +175,18 @@ impl BalloonWork {
     /// Does what the chains of a queue ask for.
     fn requests(&mut self, number: usize, serve: impl Fn(&mut Self, &GuestMemoryMmap, Chain<'_>)) {
         let memory = self.memory.clone();
-        let mut rest = BATCH;
-        while rest > 0 {
+        let mut round = Round::of(BATCH);
+        while round.left > 0 {
             let Some(chain) = self.queues.get_mut(number).and_then(|active| active.take(&memory)) else { break };
             let head = chain.head_index();
             serve(self, &memory, chain);
             if let Some(active) = self.queues.get_mut(number) {
                 active.give(&memory, head, 0);
             }
-            rest -= 1;
+            round.gave();
         }
         if let Some(active) = self.queues.get_mut(number) {
-            if rest < BATCH {
-                active.tell(&memory, &*self.notifier, number as u16);
-            }
-            if rest == 0 {
-                active.again();
-            }
+            active.end_round(&memory, &*self.notifier, number, round);
         }
     }
 
@@ -260,26 +256,20 @@ impl BalloonWork {
     fn take_statistics(&mut self) {
         let Self { memory, queues, notifier, control, statistics, .. } = self;
         let Some(active) = queues.get_mut(STATISTICS) else { return };
-        let mut rest = BATCH;
-        let mut given = false;
-        while rest > 0 {
+        let mut round = Round::of(BATCH);
+        while round.left > 0 {
             let Some(chain) = active.take(memory) else { break };
+            round.left -= 1;
             // A driver has one. Of another's chains the last is kept.
             if let Some(head) = statistics.replace(chain.head_index()) {
                 active.give(memory, head, 0);
-                given = true;
+                round.given = true;
             }
             if let Ok(mut reader) = chain.reader(memory) {
                 control.told(Statistics::read(&mut reader));
             }
-            rest -= 1;
         }
-        if given {
-            active.tell(memory, &**notifier, STATISTICS as u16);
-        }
-        if rest == 0 {
-            active.again();
-        }
+        active.end_round(memory, &**notifier, STATISTICS, round);
     }
 
     /// Has the driver tell statistics, unless it is about to.

@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::HEADER;
 use super::tap::Tap;
+use crate::device::virtio::serve::Round;
 use crate::device::virtio::worker::Work;
 use crate::device::virtio::{ActiveQueue, Notifier};
 
@@ -186,9 +187,8 @@ impl NetWork {
     fn transmit(&mut self) {
         let Self { tap, memory, queues, notifier, features: _, announce: _, frame, watching: _, gone: _ } = self;
         let Some(active) = queues.get_mut(TRANSMIT) else { return };
-        let mut given = false;
-        let mut rest = BATCH;
-        while rest > 0 {
+        let mut round = Round::of(BATCH);
+        while round.left > 0 {
             let Some(chain) = active.take(memory) else { break };
             let head = chain.head_index();
             match copy_out(memory, chain, frame) {
@@ -201,22 +201,17 @@ impl NetWork {
                 None => tracing::debug!(tap = tap.name, "the guest sends what is no frame"),
             }
             active.give(memory, head, 0);
-            (rest, given) = (rest - 1, true);
+            round.gave();
         }
-        if given {
-            active.tell(memory, &**notifier, TRANSMIT as u16);
-        }
-        if rest == 0 {
-            active.again();
-        }
+        active.end_round(memory, &**notifier, TRANSMIT, round);
     }
 
     /// Hears what the driver has to say.
     fn control(&mut self) {
         let Self { tap: _, memory, queues, notifier, features: _, announce, frame: _, watching: _, gone: _ } = self;
         let Some(active) = queues.get_mut(CONTROL) else { return };
-        let mut rest = BATCH;
-        while rest > 0 {
+        let mut round = Round::of(BATCH);
+        while round.left > 0 {
             let Some(chain) = active.take(memory) else { break };
             let head = chain.head_index();
             let mut command = [0; 2];
@@ -235,12 +230,9 @@ impl NetWork {
             };
             let answered = chain.writer(memory).is_ok_and(|mut writer| writer.write_all(&[answer as u8]).is_ok());
             active.give(memory, head, answered.into());
-            active.tell(memory, &**notifier, CONTROL as u16);
-            rest -= 1;
+            round.gave();
         }
-        if rest == 0 {
-            active.again();
-        }
+        active.end_round(memory, &**notifier, CONTROL, round);
     }
 }
 

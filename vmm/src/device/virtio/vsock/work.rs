@@ -13,6 +13,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::packet::{self, DATA_MAX, HEADER};
 use super::table::Table;
+use crate::device::virtio::serve::Round;
 use crate::device::virtio::worker::Work;
 use crate::device::virtio::{ActiveQueue, Notifier};
 
@@ -198,10 +199,9 @@ impl VsockWork {
     fn transmit(&mut self, epoll: &Epoll) {
         let Self { table, memory, queues, notifier, space, blocked, .. } = self;
         let Some(active) = queues.get_mut(TRANSMIT) else { return };
-        let mut given = false;
-        let mut rest = BATCH;
+        let mut round = Round::of(BATCH);
         *blocked = false;
-        while rest > 0 {
+        while round.left > 0 {
             if table.is_full_of_resets() {
                 *blocked = true;
                 break;
@@ -213,23 +213,17 @@ impl VsockWork {
                 None => tracing::debug!("the guest sends what is no vsock packet"),
             }
             active.give(memory, head, 0);
-            (rest, given) = (rest - 1, true);
+            round.gave();
         }
-        if given {
-            active.tell(memory, &**notifier, TRANSMIT as u16);
-        }
-        if rest == 0 {
-            active.again();
-        }
+        active.end_round(memory, &**notifier, TRANSMIT, round);
     }
 
     /// Gives the guest what is for it.
     fn receive(&mut self) {
         let Self { table, memory, queues, notifier, space, .. } = self;
         let Some(active) = queues.get_mut(RECEIVE) else { return };
-        let mut given = false;
-        let mut rest = BATCH;
-        while rest > 0 && table.has_something() {
+        let mut round = Round::of(BATCH);
+        while round.left > 0 && table.has_something() {
             let first = active.queue.next_avail();
             let Some(chain) = active.take(memory) else { break };
             let head = chain.head_index();
@@ -248,14 +242,9 @@ impl VsockWork {
                 _ => 0,
             };
             active.give(memory, head, written);
-            (rest, given) = (rest - 1, true);
+            round.gave();
         }
-        if given {
-            active.tell(memory, &**notifier, RECEIVE as u16);
-        }
-        if rest == 0 {
-            active.again();
-        }
+        active.end_round(memory, &**notifier, RECEIVE, round);
         if self.blocked && !self.table.is_full_of_resets() {
             self.again(TRANSMIT);
         }
