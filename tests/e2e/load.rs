@@ -3,27 +3,28 @@ use anyhow::{Context, Result, ensure};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use tests::architecture::Architecture;
+use tests::check;
 use tests::guests::{Guest, Running};
 use tests::host::{Host, HostConfig, Side};
 use tests::load::stream::Peer;
 use tests::operator::{self, Update};
 use tests::{image, paths, run};
 
-on_each_architecture! { aarch64: Aarch64, a_guest_with_four_vcpus_under_every_load_at_once_loses_nothing_in_live_updates }
+on_each_architecture![a_guest_under_every_load_at_once_loses_nothing_in_live_updates];
 
-/// Not in every run: in the first of its runs on x86_64 all stood still 25 s after the first update, with nothing said. Whether that is
-/// the guest, the monitor or the emulation of two levels of processors on one is not known yet.
-mod full {
-    use super::*;
-
-    on_each_architecture! { x86_64: X86_64, a_guest_with_four_vcpus_under_every_load_at_once_loses_nothing_in_live_updates }
+/// How many vCPUs the guest has, and which kernels it goes to. An emulated x86_64 host has one processor for all of it, so that the
+/// whole takes too long for every run.
+fn size(architecture: Architecture) -> (u32, &'static [Side]) {
+    match architecture {
+        Architecture::X86_64 if !check::is_full() => (2, &[Side::Newer]),
+        _ => (4, &[Side::Newer, Side::Older, Side::Newer]),
+    }
 }
 
-const CPUS: u32 = 4;
 /// MiB of the disk that is never flushed, and of the one with a file system.
 const DISKS: (u32, u32) = (8, 48);
 /// Beats of each load before the first update and after each one: a second or more each.
-const BEATS: u64 = 3;
+const BEATS: u64 = 2;
 /// Where the host's program listens that the guest talks to.
 const ECHO: &str = "/run/worker.vsock_52";
 
@@ -38,19 +39,18 @@ const LOADS: &[(&str, &str)] = &[
     ("stream", "--kib-per-second,32,--peer"),
 ];
 
-fn a_guest_with_four_vcpus_under_every_load_at_once_loses_nothing_in_live_updates(
-    architecture: Architecture,
-) -> Result<()> {
+fn a_guest_under_every_load_at_once_loses_nothing_in_live_updates(architecture: Architecture) -> Result<()> {
+    let (cpus, sides) = size(architecture);
     let file_system = paths::lab(architecture).join("load-file-system");
     image::file_system(&file_system, DISKS.1)?;
     let peer = Peer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
     let config = HostConfig::new("load", architecture, 1280)?.with_disk(DISKS.0).with_image(&file_system);
     Host::with(config.with_taps(&["tap0"]), |host| {
         start_echo(host)?;
-        let mut guest = worker(&peer).start(host)?;
+        let mut guest = worker(&peer, cpus).start(host)?;
         await_loads(host, &mut guest)?;
-        for side in [Side::Newer, Side::Older, Side::Newer] {
-            operator::live_update_of_all(host, side, &Update::default())?;
+        for side in sides {
+            operator::live_update_of_all(host, *side, &Update::default())?;
             start_echo(host)?;
             await_loads(host, &mut guest)?;
         }
@@ -74,9 +74,9 @@ fn a_guest_with_four_vcpus_under_every_load_at_once_loses_nothing_in_live_update
     })
 }
 
-fn worker(peer: &Peer) -> Guest {
+fn worker(peer: &Peer, cpus: u32) -> Guest {
     let port = peer.address.port();
-    let guest = Guest::linux("worker", 256).cpus(CPUS).with("lab.net=10.0.2.15/24 lab.data=vdb");
+    let guest = Guest::linux("worker", 256).cpus(cpus).with("lab.net=10.0.2.15/24 lab.data=vdb");
     let guest = LOADS.iter().fold(guest, |guest, (name, options)| match *name {
         "stream" => guest.with(&format!("lab.load={name},{options},10.0.2.2:{port}")),
         _ => guest.with(&format!("lab.load={name},{options}")),

@@ -23,7 +23,10 @@ pub fn run(threads: u64, size: u64, report: &mut Report<impl Write>) -> Result<(
     let (sender, receiver) = channel();
     for thread in 0..threads {
         let sender = sender.clone();
-        thread::spawn(move || work(thread, size, &sender));
+        thread::spawn(move || {
+            give_way();
+            work(thread, size, &sender);
+        });
     }
     drop(sender);
     let mut rounds = 0_u64;
@@ -36,6 +39,13 @@ pub fn run(threads: u64, size: u64, report: &mut Report<impl Write>) -> Result<(
         }
         report.progress(format_args!("rounds={rounds}"))?;
     }
+}
+
+/// Takes what other loads leave: there is always enough, and on few and slow processors they would hardly get on beside this.
+fn give_way() {
+    const LEAST: i32 = 19;
+    // Nobody is refused to be less important. And if so, all are only slower.
+    let _ = rustix::process::nice(LEAST);
 }
 
 fn work(thread: u64, size: usize, sender: &Sender<Said>) {
