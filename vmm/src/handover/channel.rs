@@ -7,7 +7,7 @@
 //! that no guest has run.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -49,6 +49,12 @@ pub enum ChannelError {
 impl ChannelError {
     fn io(operation: &'static str) -> impl FnOnce(rustix::io::Errno) -> Self {
         move |source| Self::Io { operation, source: source.into() }
+    }
+
+    /// Whether the other end has closed the channel.
+    pub fn is_gone(&self) -> bool {
+        let gone = |source: &io::Error| matches!(source.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset);
+        matches!(self, Self::Closed) || matches!(self, Self::Io { source, .. } if gone(source))
     }
 }
 
@@ -230,7 +236,7 @@ impl<'channel> Events<'channel> {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
             // A process that was killed with our message unread resets the connection.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(None),
             Err(source) => return Err(ChannelError::Io { operation: "read from", source }),
             Ok(_) => {}
         }
@@ -317,6 +323,19 @@ mod tests {
         let (mut supervisor, vm) = UnixStream::pair().unwrap();
         supervisor.write_all(b"{\"name\":\"a\",\"attempt\":1}\n").unwrap();
         assert!(matches!(Arrivals::new(&vm).handover(), Err(ChannelError::Malformed(_))));
+    }
+
+    #[test]
+    fn what_a_vm_said_before_it_ended_is_heard_by_who_could_not_send_it_its_memory() {
+        let (supervisor, vm) = UnixStream::pair().unwrap();
+        send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
+        let said = Event::Failed { reason: "no tap".into() };
+        tell(&vm, &said).unwrap();
+        drop(vm);
+        assert!(send_memory(&supervisor, &memory(1), &[memfd(b"ram")]).unwrap_err().is_gone());
+        let mut events = Events::new(&supervisor);
+        assert_eq!(events.next().unwrap(), Some(said));
+        assert_eq!(events.next().unwrap(), None);
     }
 
     #[test]

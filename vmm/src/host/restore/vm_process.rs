@@ -2,7 +2,6 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind};
-use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -70,14 +69,9 @@ impl VmProcess {
     pub fn hand_over(mut self, memory: &Memory, ram: &[OwnedFd]) -> Result<Vec<Mark>, End> {
         let said = match channel::send_memory(&self.channel, memory, ram) {
             Ok(()) => self.listen(),
-            Err(error) => {
-                // It need not wait any longer. And if it has ended, it may have said why.
-                drop(self.channel.shutdown(Shutdown::Write));
-                match self.listen() {
-                    Err(End::Died(_)) => Err(End::Died(chain(&error))),
-                    said => said,
-                }
-            }
+            // It has ended before it got that far, and may have said why.
+            Err(error) if error.is_gone() => self.listen(),
+            Err(error) => Err(End::Died(chain(&error))),
         };
         match said {
             Ok(marks) => {
