@@ -75,9 +75,9 @@ fn a_guest_gives_memory_back_through_live_updates_and_gets_it_again(architecture
 /// A guest that has given up more than it can do without kills nobody for it.
 fn takes_memory_back_by_itself(host: &mut Host) -> Result<()> {
     const MEMORY: u32 = 128;
-    const BALLOON: u64 = 56;
+    const BALLOON: u64 = 72;
     // More than is left then, and less than that and the balloon.
-    const TAKEN: &str = "lab.hog=40";
+    const TAKEN: &str = "lab.hog=56";
     let mut guest = Guest::linux("guest", MEMORY).flag("balloon").with(TAKEN).start(host)?;
     let takings = |guest: &Running| guest.log.loads.get("hog").map_or(0, |load| load.beats);
     guest.await_beats(host, 2)?;
