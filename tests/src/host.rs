@@ -501,15 +501,14 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 
 /// Prints the last lines of every log of a host: its console, QEMU's own words, its guests' serial ports, its programs' complaints.
 fn show_logs(folder: &Path) {
-    let list = |folder: &Path, ends: &[&str]| -> Vec<PathBuf> {
+    let list = |folder: &Path, end: &str| -> Vec<PathBuf> {
         let paths = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let wanted = |path: &PathBuf| path.extension().is_some_and(|end| ends.iter().any(|wanted| *wanted == end));
-        let mut files: Vec<_> = paths.filter(wanted).collect();
+        let mut files: Vec<_> = paths.filter(|path| path.extension().is_some_and(|found| found == end)).collect();
         files.sort();
         files
     };
     let share = folder.join("share");
-    let logs = [list(folder, &["log"]), list(&share, &["log"]), list(&share, &["err"])];
+    let logs = [list(folder, "log"), list(&share, "log"), list(&share, "err")];
     for log in logs.iter().flatten() {
         let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         let lines: Vec<_> = text.lines().collect();
