@@ -118,10 +118,12 @@ fn an_update_to_what_is_no_suitable_kernel_is_refused_before_any_guest_is_touche
                 host.run(&["vmm", "update", "--kernel", kernel, "--initrd", "/share/initrd", "--append", append])?;
             ensure!(said.code == Some(1), "{kernel}: {said}");
             ensure!(said.stderr.contains("run on"), "the operator is not told that guests run on: {said}");
-            ensure!(operator::status(host, "oracle")?["state"] == "running", "{kernel}: the guest was touched");
+            let status = operator::status(host, "oracle")?;
+            // Its document is the first thing that is written once it stands still. What the guest says of pauses would not do:
+            // an emulated host has some of its own.
+            let untouched = status["state"] == "running" && status["document_bytes"] == 0;
+            ensure!(untouched, "{kernel}: the guest was touched: {status}");
         }
-        oracle.await_beats(host, 2)?;
-        ensure!(oracle.log.pauses.is_empty(), "the guest was paused: {:?} ms", oracle.log.pauses);
-        Ok(())
+        oracle.await_beats(host, 2)
     })
 }
