@@ -15,7 +15,7 @@ on_each_architecture![
 
 /// How often the guest in a storm is frozen. In an emulated host a hundred take too long for every run.
 fn freezes() -> u64 {
-    if check::is_full() { 100 } else { 25 }
+    if check::is_full() { 100 } else { 10 }
 }
 
 /// Within how many milliseconds the instant of each is.
