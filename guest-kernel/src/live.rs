@@ -22,6 +22,7 @@ pub struct Live {
     pub ring: Ring,
     storm: Storm,
     load: Load,
+    rest: u64,
     rounds: u64,
     ticks: u64,
 }
@@ -35,6 +36,7 @@ impl Live {
             ring: Ring::new(*khz, options.lost_ms),
             storm: Storm::new(),
             load: options.load,
+            rest: options.rest,
             rounds: 0,
             ticks: processor.ticks().count,
             processor,
@@ -75,6 +77,11 @@ impl Live {
         }
         let seen = self.look();
         on_look(seen);
+        for _ in 0..self.rest {
+            self.processor.hold_registers(true);
+            let seen = self.look();
+            on_look(seen);
+        }
     }
 
     /// Everything of this CPU, a part of it in each round, all of it after a pause.

@@ -160,6 +160,9 @@ pub struct Options {
     pub pause_ms: u64,
     /// `tick_ms=N`: the timer's interval.
     pub tick_ms: u64,
+    /// `rest=N`: for so many ticks more than it must a CPU rests in each round, its registers held. For an oracle that
+    /// shares a slow host with guests which have work to do.
+    pub rest: u64,
     /// `clock_ms=N`: how far the clock may diverge from the counter in total.
     pub clock_ms: u64,
     /// `clock_ppm=N`: how much further per million since the start. The default is what KVM takes for the same frequency; a
@@ -189,6 +192,7 @@ impl Default for Options {
             stride: 4096,
             pause_ms: 300,
             tick_ms: 20,
+            rest: 0,
             clock_ms: 50,
             clock_ppm: 250,
             lost_ms: 5000,
@@ -214,6 +218,7 @@ impl Options {
                 "stride" => options.stride = number(value).filter(|value| is_stride(*value)).ok_or(word)?,
                 "pause_ms" => options.pause_ms = positive()?,
                 "tick_ms" => options.tick_ms = number(value).filter(|value| (1..=100).contains(value)).ok_or(word)?,
+                "rest" => options.rest = number(value).filter(|value| *value <= 50).ok_or(word)?,
                 "clock_ms" => options.clock_ms = positive()?,
                 "clock_ppm" => options.clock_ppm = number(value).filter(|value| *value <= 100_000).ok_or(word)?,
                 "lost_ms" => options.lost_ms = positive()?,
@@ -284,12 +289,13 @@ mod tests {
 
     #[test]
     fn every_option_is_read() {
-        let line = "console=ttyS0 quiet stride=64 pause_ms=500 tick_ms=10 clock_ms=100 clock_ppm=2000 lost_ms=2000 lines=20 end=triple-fault \
+        let line = "console=ttyS0 quiet stride=64 pause_ms=500 tick_ms=10 rest=3 clock_ms=100 clock_ppm=2000 lost_ms=2000 lines=20 end=triple-fault \
                     selftest=msr apic=xapic cpus=3 load=ipi-storm hotplug=on";
         let expected = Options {
             stride: 64,
             pause_ms: 500,
             tick_ms: 10,
+            rest: 3,
             clock_ms: 100,
             clock_ppm: 2000,
             lost_ms: 2000,
@@ -316,6 +322,7 @@ mod tests {
             "selftest=cpu",
             "apic=2",
             "tick_ms=0",
+            "rest=51",
             "cpus=0",
             "cpus=65",
             "load=heavy",

@@ -20,7 +20,7 @@ fn a_console_is_left_and_found_again_with_all_that_was_said(architecture: Archit
             .with("lab.load=ticks,--every,1")
             .option("serial", &format!("socket={FLOOD}"))
             .start(host)?;
-        Guest::oracle("oracle", 64).option("serial", &format!("socket={ORACLE}")).start(host)?;
+        Guest::resting_oracle("oracle", 64).option("serial", &format!("socket={ORACLE}")).start(host)?;
         host.wait_until("the consoles", PATIENCE, |host| {
             let both = host.run(&["ls", ORACLE, FLOOD])?;
             Ok((both.code == Some(0)).then_some(()))

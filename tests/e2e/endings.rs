@@ -2,11 +2,11 @@
 use anyhow::{Context, Result, ensure};
 use guest_kernel::options::SelfTest;
 use tests::architecture::Architecture;
-use tests::guests::Guest;
+use tests::guests::{Guest, Running};
 use tests::host::{Host, HostConfig};
 use tests::operator::{GUEST_RESET, GUEST_TRIPLE_FAULT};
 
-on_each_architecture![each_way_a_guest_can_end_has_its_exit_status, the_oracle_notices_every_damage_it_does_to_itself];
+on_each_architecture![each_way_a_guest_can_end_has_its_exit_status, damage_does_not_go_unnoticed];
 
 fn each_way_a_guest_can_end_has_its_exit_status(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("endings", architecture, 1024)?, |host| {
@@ -31,8 +31,13 @@ fn each_way_a_guest_can_end_has_its_exit_status(architecture: Architecture) -> R
     })
 }
 
-fn the_oracle_notices_every_damage_it_does_to_itself(architecture: Architecture) -> Result<()> {
+fn damage_does_not_go_unnoticed(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("self-test", architecture, 1024)?, |host| {
+        // A Linux guest tells what its kernel complains of. Its command line is among what the kernel says.
+        let mut complaining = Guest::linux("complaining", 192).with("lab.said=WARNING:").start(host)?;
+        let damage = complaining.await_damage(host)?;
+        ensure!(damage.contains("kernel"), "{damage}");
+        kill(host, &complaining)?;
         for (name, what) in SelfTest::offered_on(architecture.name()) {
             let append = format!("selftest={name} lost_ms=1000");
             let cpus = if what.takes_processors() { "2" } else { "1" };
@@ -47,9 +52,14 @@ fn the_oracle_notices_every_damage_it_does_to_itself(architecture: Architecture)
                 let missing = what == SelfTest::Sve;
                 ensure!(damage.contains("refused=") == missing, "after {append}: {damage}");
             }
-            host.signal(running.process.pid, 9)?;
-            host.wait(&running.process)?;
+            kill(host, &running)?;
         }
         Ok(())
     })
+}
+
+fn kill(host: &mut Host, running: &Running) -> Result<()> {
+    host.signal(running.process.pid, 9)?;
+    host.wait(&running.process)?;
+    Ok(())
 }

@@ -13,11 +13,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// Signs of life (one a second) that each guest gives before, between and after the updates.
-const BEATS: u64 = 5;
+/// Signs of life (one a second at most) that each guest gives before, between and after the updates.
+const BEATS: u64 = 3;
 
-/// vCPUs of the Linux guest. The oracle never rests, and an emulated host has one processor for all of them.
-const CPUS: u32 = 2;
 /// MiB of the Linux guest's disk.
 const DISK: u32 = 16;
 
@@ -81,7 +79,7 @@ fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<
             narrator.say(&format!("a bare kexec to Linux {} takes {milliseconds:.0} ms", host.hello().release));
             bare.push((to, milliseconds));
         }
-        let mut guests = [Guest::oracle("oracle", 64), linux(&peer)]
+        let mut guests = [Guest::resting_oracle("oracle", 64), linux(&peer, host.config().cpus)]
             .into_iter()
             .map(|guest| guest.start(host))
             .collect::<Result<Vec<_>>>()?;
@@ -103,12 +101,15 @@ fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<
     })
 }
 
-/// A busybox Linux that writes to a disk and reads it back, and sends a stream to this machine, which sends it back.
-fn linux(peer: &Peer) -> Guest {
+/// A busybox Linux with as many vCPUs as the host has processors, that writes to a disk and reads it back, and sends a stream to this
+/// machine, which sends it back.
+fn linux(peer: &Peer, cpus: u32) -> Guest {
     let port = peer.address.port();
     Guest::linux("linux", 192)
-        .cpus(CPUS)
-        .with(&format!("lab.disk=vda lab.rng=1 lab.net=10.0.2.15/24 lab.load=stream,--peer,10.0.2.2:{port}"))
+        .cpus(cpus)
+        .with(&format!(
+            "lab.disk=vda lab.rng=1 lab.net=10.0.2.15/24 lab.load=stream,--kib-per-second,32,--peer,10.0.2.2:{port}"
+        ))
         .option("disk", "/dev/vda")
         .option("net", "tap=tap0")
         .flag("rng")

@@ -54,6 +54,13 @@ impl Guest {
         Self { name: name.into(), kind: Kind::Linux, memory, append: String::new(), options: Vec::new() }
     }
 
+    /// An oracle that leaves most of its processor to others, and takes a tenth of a second for a tick. An emulated x86_64 host has
+    /// one processor, and each entry into a guest and exit from it costs half a millisecond: beside an oracle that never rests, a
+    /// Linux guest took minutes to come up.
+    pub fn resting_oracle(name: &str, memory: u32) -> Self {
+        Self::oracle(name, memory).with("tick_ms=100 rest=4")
+    }
+
     /// The same with a longer command line.
     pub fn with(mut self, append: &str) -> Self {
         self.append.push(' ');

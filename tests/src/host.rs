@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use wire::Wire;
 
 /// How long a boot, a kexec or any single program may take. Generous: only a hang should ever reach it.
-pub const PATIENCE: Duration = Duration::from_secs(150);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 /// Not all that is waited for tells of itself: the state of a VM, or the end of a process that PID 1 did not start.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How many of a log's last lines are shown after a failure.
