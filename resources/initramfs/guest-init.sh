@@ -1,6 +1,5 @@
 #!/bin/sh
-# Init of the busybox guest. Once a second it looks for damage and prints one line in the oracle's protocol. An emulated host may have
-# one processor for all guests, so there are few new processes in a second: a fork costs tens of milliseconds there.
+# Init of the busybox guest. Once a second it looks for damage and prints one line in the oracle's protocol:
 #   LINUX line n=<sequence> clock_ms=<uptime> ticks=<what a second process has counted> sum=<of a file in memory>
 #   DAMAGE <what> <detail>
 # On the kernel's command line:
@@ -14,6 +13,7 @@
 #   lab.hog=MIB             memory that is taken once, as soon as there is not so much to spare
 #   lab.data=DEVICE          a file system for /data
 #   lab.load=KIND,OPTION,... a load, run by lab-load, which speaks for itself; any number of times
+# An emulated host may have one processor for all guests, on which a fork costs tens of milliseconds: so there are few new processes.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -47,7 +47,7 @@ sum() { # of what it is given
 }
 
 # The disk: 8 places of 64 KiB, 256 KiB apart, written in turn and never flushed; from 2 MiB a page for a count, written past the page
-# cache all the time and never flushed; from 4 MiB a sector for each record, flushed.
+# cache twice a second and never flushed; from 4 MiB a sector for each record, flushed.
 count_on_disk() {
   count=0
   while :; do
