@@ -21,9 +21,9 @@ fn a_console_is_left_and_found_again_with_all_that_was_said(architecture: Archit
             .option("serial", &format!("socket={FLOOD}"))
             .start(host)?;
         Guest::resting_oracle("oracle", 64).option("serial", &format!("socket={ORACLE}")).start(host)?;
-        host.wait_until("the consoles", PATIENCE, |host| {
-            let both = host.run(&["ls", ORACLE, FLOOD])?;
-            Ok((both.code == Some(0)).then_some(()))
+        host.wait_until("both VMs and their consoles", PATIENCE, |host| {
+            let consoles = host.run(&["ls", ORACLE, FLOOD])?;
+            Ok((consoles.code == Some(0) && operator::list(host)?.len() == 2).then_some(()))
         })?;
         let before = attach(host, ORACLE, &["--lines", "3"])?;
         let before = host.wait(&before)?.success()?.stdout;
