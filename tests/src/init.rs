@@ -11,6 +11,7 @@ use crate::arch::counter;
 use crate::link::{Answer, Ask, Hello, RESTORE, RESTORE_OPTIONS, Request, SHARE, Say, TAPS};
 use crate::moment::Moment;
 use anyhow::{Context, Result};
+use kvm_ioctls::{Kvm, VmFd};
 use processes::Processes;
 use rustix::time::{ClockId, clock_gettime};
 use std::io::{BufRead, BufReader, Write};
@@ -68,6 +69,7 @@ fn serve(beginning: Beginning) -> Result<()> {
     if let Some(taps) = values(TAPS).next_back() {
         network::set_up(taps.split(',').filter(|tap| !tap.is_empty()))?;
     }
+    let _vm = hold_vm()?;
     let processes = Processes::new();
     // Before the port is even looked for: every millisecond here is a millisecond in which guests stand still.
     let options = values(RESTORE_OPTIONS).next().unwrap_or_default();
@@ -104,6 +106,23 @@ fn serve(beginning: Beginning) -> Result<()> {
             .unwrap_or_else(|error| Answer::Failed { reason: format!("{error:#}") });
         say(&writer, &Say::Reply { id, answer })?;
     }
+}
+
+/// A VM without vCPUs, held for as long as the host lives.
+///
+/// With its first VM KVM turns a static key of the scheduler on, and off with its last. QEMU's TCG (10.0.2), with a thread for each
+/// of the host's processors, now and then goes on running the old translation of code that another processor has just changed: after
+/// some 4,000 such changes, twice, a scheduler no longer told KVM that a vCPU's thread left its processor, and that vCPU was lost.
+/// While a VM kept the key as it was, 9,000 starts and ends of others did no harm.
+fn hold_vm() -> Result<Option<VmFd>> {
+    if thread::available_parallelism()?.get() < 2 {
+        return Ok(None);
+    }
+    let kvm = match Kvm::new() {
+        Err(error) if error.errno() == libc::ENOENT => return Ok(None),
+        kvm => kvm.context("cannot open /dev/kvm")?,
+    };
+    Ok(Some(kvm.create_vm().context("cannot make a VM")?))
 }
 
 fn restore_command(options: &str) -> Vec<String> {
