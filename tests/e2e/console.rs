@@ -7,7 +7,7 @@ use tests::host::{Host, HostConfig, PATIENCE, Process, Side};
 use tests::link::SHARE;
 use tests::operator::{self, Update};
 
-on_each_architecture![a_console_is_left_and_found_again_with_all_that_was_said];
+on_one_architecture! { aarch64, a_console_is_left_and_found_again_with_all_that_was_said }
 
 const ORACLE: &str = "/run/oracle.console";
 const FLOOD: &str = "/run/flood.console";

@@ -10,16 +10,12 @@ use tests::load::stream::Peer;
 use tests::operator::{self, Update};
 use tests::{image, paths, run};
 
-on_each_architecture![a_guest_under_every_load_at_once_loses_nothing_in_live_updates];
+on_one_architecture! { x86_64, a_guest_under_every_load_at_once_loses_nothing_in_live_updates }
 
-/// How many vCPUs the guest has, and which kernels it goes to. The whole takes too long for every run, and most of all where an
-/// emulated x86_64 host has one processor for all of it.
-fn size(architecture: Architecture) -> (u32, &'static [Side]) {
-    match architecture {
-        _ if check::is_full() => (4, &[Side::Newer, Side::Older, Side::Newer]),
-        Architecture::X86_64 => (2, &[Side::Newer]),
-        Architecture::Aarch64 => (4, &[Side::Newer]),
-    }
+/// How many vCPUs the guest has, and which kernels it goes to. The whole takes too long for every run, as an emulated x86_64 host has
+/// one processor for all of it.
+fn size() -> (u32, &'static [Side]) {
+    if check::is_full() { (4, &[Side::Newer, Side::Older, Side::Newer]) } else { (2, &[Side::Newer]) }
 }
 
 /// MiB of the disk that is never flushed, and of the one with a file system.
@@ -41,7 +37,7 @@ const LOADS: &[(&str, &str)] = &[
 ];
 
 fn a_guest_under_every_load_at_once_loses_nothing_in_live_updates(architecture: Architecture) -> Result<()> {
-    let (cpus, sides) = size(architecture);
+    let (cpus, sides) = size();
     let file_system = paths::lab(architecture).join("load-file-system");
     image::file_system(&file_system, DISKS.1)?;
     let peer = Peer::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;

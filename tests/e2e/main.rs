@@ -21,6 +21,22 @@ macro_rules! on_each_architecture {
     };
 }
 
+/// The same for what takes minutes: each run has these tests on the architecture that is named, a full run on the other, too.
+macro_rules! on_one_architecture {
+    (x86_64, $($name:ident)+) => { on_one_architecture! { x86_64: X86_64, aarch64: Aarch64, $($name)+ } };
+    (aarch64, $($name:ident)+) => { on_one_architecture! { aarch64: Aarch64, x86_64: X86_64, $($name)+ } };
+    ($each:ident: $first:ident, $full:ident: $second:ident, $($name:ident)+) => {
+        mod long {
+            use super::*;
+            on_each_architecture! { $each: $first, $($name)+ }
+            mod full {
+                use super::*;
+                on_each_architecture! { $full: $second, $($name)+ }
+            }
+        }
+    };
+}
+
 mod after_commit;
 mod balloon;
 mod before_commit;
