@@ -69,6 +69,7 @@ fn serve(beginning: Beginning) -> Result<()> {
     if let Some(taps) = values(TAPS).next_back() {
         network::set_up(taps.split(',').filter(|tap| !tap.is_empty()))?;
     }
+    // Before any other VM, be it one that is restored.
     let _vm = hold_vm()?;
     let processes = Processes::new();
     // Before the port is even looked for: every millisecond here is a millisecond in which guests stand still.

@@ -40,7 +40,7 @@ enum Command {
         /// Architecture of the host, or all of them [default: this machine's]
         #[arg(long, value_parser = selection())]
         arch: Option<&'static [Architecture]>,
-        /// Also what takes long: every release of Debian on every architecture, and larger numbers
+        /// Also what takes long: every test and every release of Debian on every architecture, and larger numbers
         #[arg(long)]
         full: bool,
     },
@@ -49,7 +49,7 @@ enum Command {
         /// Architecture of the host, or all of them [default: this machine's]
         #[arg(long, value_parser = selection())]
         arch: Option<&'static [Architecture]>,
-        /// Also what takes long: every release of Debian on every architecture, and larger numbers
+        /// Also what takes long: every test and every release of Debian on every architecture, and larger numbers
         #[arg(long)]
         full: bool,
         /// Only tests whose names contain one of these
