@@ -3,13 +3,13 @@
 //! A kexec destroys the tap and all that the bridge behind it has learned. After a restore a tap of the same name is opened anew,
 //! and the driver is asked to announce itself, so that switches learn where it is.
 
+mod announce;
 mod tap;
 #[cfg(test)]
 mod tests;
 mod work;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use kho_abi::document::virtio::{NetV1, VirtioState};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -22,6 +22,7 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 
+use self::announce::Announcements;
 use self::tap::Tap;
 use self::work::NetWork;
 use super::worker::Worker;
@@ -66,8 +67,7 @@ pub struct Net {
     mac: MacAddress,
     /// What the tap can leave undone (TUN_F_*).
     offloads: libc::c_uint,
-    /// The driver is asked to announce itself; the thread hears it when it has.
-    announce: Arc<AtomicBool>,
+    announcements: Arc<Announcements>,
     running: Running,
 }
 
@@ -85,8 +85,8 @@ impl Net {
                 offloads |= offload;
             }
         }
-        let (tap, announce) = (Arc::new(device), Arc::default());
-        let net = Self { tap, mac, offloads, announce, running: Running::Stopped };
+        let (tap, announcements) = (Arc::new(device), Arc::default());
+        let net = Self { tap, mac, offloads, announcements, running: Running::Stopped };
         net.set_offloads(0)?;
         Ok(net)
     }
@@ -103,7 +103,7 @@ impl Net {
     }
 
     fn config_space(&self) -> [u8; 8] {
-        let announce = if self.announce.load(Ordering::Acquire) { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let announce = if self.announcements.are_asked_for() { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         let [a, b, c, d, e, f] = self.mac.0;
         let [low, high] = ((VIRTIO_NET_S_LINK_UP | announce) as u16).to_le_bytes();
         [a, b, c, d, e, f, low, high]
@@ -154,8 +154,9 @@ impl VirtioDevice for Net {
         for active in &mut queues {
             active.queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         }
-        let (tap, announce) = (self.tap.clone(), self.announce.clone());
-        let work = NetWork::new(tap, memory, queues, notifier.clone(), features, announce);
+        let (tap, announcements) = (self.tap.clone(), self.announcements.clone());
+        let work = NetWork::new(tap, memory, queues, notifier.clone(), features, announcements);
+        let work = work.map_err(|source| self.error("make a timer for it", source))?;
         let worker = Worker::start("network", work).map_err(|source| self.error("start its thread", source))?;
         self.running = Running::Working(worker, features, notifier);
         Ok(())
@@ -169,7 +170,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        self.announce.store(false, Ordering::Release);
+        self.announcements.end(false);
         if let Err(error) = self.set_offloads(0) {
             tracing::warn!(%error, "the next driver may get frames that it cannot take");
         }
@@ -181,8 +182,8 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> VirtioState {
-        let Self { tap: _, mac, offloads: _, announce, running: _ } = self;
-        VirtioState::Net(NetV1 { mac: mac.0, announce: announce.load(Ordering::Acquire) })
+        let Self { tap: _, mac, offloads: _, announcements, running: _ } = self;
+        VirtioState::Net(NetV1 { mac: mac.0, announce: announcements.are_asked_for() })
     }
 
     fn restore(&mut self, state: &VirtioState) -> Result<(), VirtioError> {
@@ -192,14 +193,14 @@ impl VirtioDevice for Net {
         if *mac != self.mac.0 {
             return Err(unfit(&self.tap.name, "its state has another address than its configuration"));
         }
-        self.announce.store(*announce, Ordering::Release);
+        self.announcements.end(*announce);
         Ok(())
     }
 
     fn after_restore(&mut self) {
         let Running::Working(_, features, notifier) = &self.running else { return };
         if features & (1 << VIRTIO_NET_F_GUEST_ANNOUNCE) != 0 {
-            self.announce.store(true, Ordering::Release);
+            self.announcements.start();
             notifier.config_changed();
         }
     }

@@ -1,6 +1,7 @@
 //! Frames between a driver and something that stands for a tap, and what no driver should do.
 
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
+use super::announce::WAITS;
 use super::work::FRAME_MAX;
 use super::*;
 use crate::device::virtio::mock::{Part, RING_SIZE, Ring, Told, notifier, readable, writable};
@@ -33,16 +35,20 @@ impl Bench {
         let (tap, network) = Tap::mock();
         network.set_nonblocking(true).unwrap();
         let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-        let net = Net { tap: Arc::new(tap), mac, offloads: 0, announce: Arc::default(), running: Running::Stopped };
+        let net =
+            Net { tap: Arc::new(tap), mac, offloads: 0, announcements: Arc::default(), running: Running::Stopped };
         let rings = [0, 1, 2].map(|number| Ring::new(&memory, (number as u64 + 1) * RING_SIZE, QUEUE_SIZES[number]));
         let (notifier, heard) = notifier();
         Self { memory, net, network, rings, heard, notifier }
     }
 
     fn work(&self, features: u64) -> NetWork {
-        let queues = self.rings.iter().map(Ring::active).collect();
+        self.work_of(self.rings.iter().map(Ring::active).collect(), features)
+    }
+
+    fn work_of(&self, queues: Vec<ActiveQueue>, features: u64) -> NetWork {
         let (tap, memory) = (self.net.tap.clone(), self.memory.clone());
-        NetWork::new(tap, memory, queues, self.notifier.clone(), features, self.net.announce.clone())
+        NetWork::new(tap, memory, queues, self.notifier.clone(), features, self.net.announcements.clone()).unwrap()
     }
 
     fn work_with_event_idx(&self) -> NetWork {
@@ -50,8 +56,7 @@ impl Bench {
         for active in &mut queues {
             active.queue.set_event_idx(true);
         }
-        let (tap, memory) = (self.net.tap.clone(), self.memory.clone());
-        NetWork::new(tap, memory, queues, self.notifier.clone(), MERGEABLE, self.net.announce.clone())
+        self.work_of(queues, MERGEABLE)
     }
 
     fn worker(&self) -> Worker<NetWork> {
@@ -211,7 +216,7 @@ fn kick_after_starvation_brings_the_frames_in() {
 #[test]
 fn announcement_is_asked_for_until_the_driver_says_that_it_was_made() {
     let mut bench = Bench::new();
-    bench.net.announce.store(true, Ordering::Release);
+    bench.net.announcements.end(true);
     assert_eq!(bench.net.config_space()[6..], [3, 0]);
     bench.memory.write_slice(&[3, 0], GuestAddress(DATA)).unwrap();
     bench.rings[2].offer(&[readable(DATA, 2), writable(DATA + 2, 1)]);
@@ -236,6 +241,28 @@ fn restored_device_keeps_its_address_and_asks_a_driver_that_can_to_announce_itse
         assert_eq!(bench.net.stop().len(), 3);
         assert_eq!(bench.net.save(), state([2, 0, 0, 0, 0, 1], asked));
     }
+}
+
+#[test]
+fn driver_is_asked_again_for_an_announcement_that_may_be_lost_but_not_for_ever() {
+    let mut bench = Bench::new();
+    let features = 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+    bench.memory.write_slice(&[3, 0], GuestAddress(DATA)).unwrap();
+    let worker = Worker::start("network", bench.work(features)).unwrap();
+    bench.net.running = Running::Working(worker, features, bench.notifier.clone());
+    bench.net.after_restore();
+    for asked in 0..=WAITS.len() {
+        assert_eq!(bench.heard.recv_timeout(SOON), Ok(Told::Config), "{asked}");
+        assert_eq!(bench.net.config_space()[6..], [3, 0]);
+        // Stopped and started again, it goes on with what is left.
+        let queues = bench.net.stop();
+        bench.rings[2].offer(&[readable(DATA, 2), writable(DATA + 2, 1)]);
+        let worker = Worker::start("network", bench.work_of(queues, features)).unwrap();
+        bench.net.running = Running::Working(worker, features, bench.notifier.clone());
+        assert_eq!(bench.heard.recv_timeout(SOON), Ok(Told::Queue(2)));
+    }
+    assert_eq!(bench.net.announcements.wait(), None);
+    assert_eq!(bench.net.config_space()[6..], [1, 0]);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET,
@@ -16,8 +16,10 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::{DescriptorChain, QueueT, Writer};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::HEADER;
+use super::announce::Announcements;
 use super::tap::Tap;
 use crate::device::virtio::serve::Round;
 use crate::device::virtio::worker::Work;
@@ -29,6 +31,8 @@ const TRANSMIT: usize = 1;
 const CONTROL: usize = 2;
 /// The number of the tap's events.
 const TAP: u64 = 3;
+/// The number of the timer's.
+const TIMER: u64 = 4;
 
 /// The longest frame, with its header: 64 KiB of what lies behind the Ethernet header and two VLAN tags.
 pub const FRAME_MAX: usize = HEADER + 22 + (64 << 10);
@@ -51,7 +55,9 @@ pub struct NetWork {
     notifier: Arc<dyn Notifier>,
     /// What the driver has agreed to.
     features: u64,
-    announce: Arc<AtomicBool>,
+    announcements: Arc<Announcements>,
+    /// Until the driver is asked for the next announcement.
+    timer: TimerFd,
     /// Room for a frame.
     frame: Box<[u8]>,
     /// The tap's events are waited for: there may be room for a frame, and there is a tap.
@@ -68,10 +74,10 @@ impl NetWork {
         queues: Vec<ActiveQueue>,
         notifier: Arc<dyn Notifier>,
         features: u64,
-        announce: Arc<AtomicBool>,
-    ) -> Self {
-        let frame = vec![0; FRAME_MAX].into_boxed_slice();
-        Self { tap, memory, queues, notifier, features, announce, frame, watching: true, gone: false }
+        announcements: Arc<Announcements>,
+    ) -> io::Result<Self> {
+        let (timer, frame) = (TimerFd::new()?, vec![0; FRAME_MAX].into_boxed_slice());
+        Ok(Self { tap, memory, queues, notifier, features, announcements, timer, frame, watching: true, gone: false })
     }
 
     /// A queue.
@@ -90,10 +96,14 @@ impl Work for NetWork {
     fn sources(&self) -> Vec<(RawFd, EventSet, u64)> {
         let kicks =
             self.queues.iter().zip(0..TAP).map(|(active, number)| (active.kick.as_raw_fd(), EventSet::IN, number));
-        kicks.chain([(self.tap.as_raw_fd(), EventSet::IN, TAP)]).collect()
+        let others = [(self.tap.as_raw_fd(), EventSet::IN, TAP), (self.timer.as_raw_fd(), EventSet::IN, TIMER)];
+        kicks.chain(others).collect()
     }
 
     fn handle(&mut self, source: u64, events: EventSet, epoll: &Epoll) {
+        if source == TIMER {
+            return self.ask_again();
+        }
         if source == TAP {
             // A tap whose interface was deleted says so, and would say so for ever.
             self.gone |= events.intersects(EventSet::ERROR | EventSet::HANG_UP);
@@ -115,6 +125,7 @@ impl Work for NetWork {
     fn begin(&mut self) {
         self.transmit();
         self.control();
+        self.wait_to_ask();
     }
 
     fn finish(&mut self) {}
@@ -136,12 +147,30 @@ impl NetWork {
         }
     }
 
+    /// Sets the timer, if the driver is to be asked for another announcement.
+    fn wait_to_ask(&mut self) {
+        let Some(wait) = self.announcements.wait() else { return };
+        if let Err(error) = self.timer.reset(wait, None::<Duration>) {
+            tracing::warn!(%error, tap = self.tap.name, "the guest is not asked to announce itself again");
+        }
+    }
+
+    /// The timer has gone off.
+    fn ask_again(&mut self) {
+        // What it says has to be taken from it, or it says so for ever.
+        if let Err(error) = self.timer.wait() {
+            tracing::warn!(%error, tap = self.tap.name, "a timer cannot be read");
+        }
+        self.announcements.again();
+        self.notifier.config_changed();
+    }
+
     /// Moves frames to the guest. Says whether there is room for another.
     ///
     /// A frame is taken from the tap only when there is a chain. Should it need more chains than there are, it is lost: to wait
     /// for them would be to wait for ever for a driver that has no more than these.
     fn receive(&mut self) -> bool {
-        let Self { tap, memory, queues, notifier, features, announce: _, frame, watching: _, gone } = self;
+        let Self { tap, memory, queues, notifier, features, frame, gone, .. } = self;
         let Some(active) = queues.get_mut(RECEIVE) else { return false };
         let (mut given, mut merged) = (false, false);
         let mut room = true;
@@ -185,7 +214,7 @@ impl NetWork {
 
     /// Moves frames to the tap.
     fn transmit(&mut self) {
-        let Self { tap, memory, queues, notifier, features: _, announce: _, frame, watching: _, gone: _ } = self;
+        let Self { tap, memory, queues, notifier, frame, .. } = self;
         let Some(active) = queues.get_mut(TRANSMIT) else { return };
         let mut round = Round::of(BATCH);
         while round.left > 0 {
@@ -208,8 +237,9 @@ impl NetWork {
 
     /// Hears what the driver has to say.
     fn control(&mut self) {
-        let Self { tap: _, memory, queues, notifier, features: _, announce, frame: _, watching: _, gone: _ } = self;
+        let Self { memory, queues, notifier, announcements, .. } = self;
         let Some(active) = queues.get_mut(CONTROL) else { return };
+        let mut announced = false;
         let mut round = Round::of(BATCH);
         while round.left > 0 {
             let Some(chain) = active.take(memory) else { break };
@@ -220,7 +250,7 @@ impl NetWork {
             let answer = match (class, command) {
                 _ if !known => VIRTIO_NET_ERR,
                 (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
-                    announce.store(false, Ordering::Release);
+                    announced |= announcements.made();
                     VIRTIO_NET_OK
                 }
                 // It gets all that the tap has, whatever it wants: which of it is for the guest the guest can tell.
@@ -233,6 +263,9 @@ impl NetWork {
             round.gave();
         }
         active.end_round(memory, &**notifier, CONTROL, round);
+        if announced {
+            self.wait_to_ask();
+        }
     }
 }
 
