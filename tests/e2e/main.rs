@@ -21,7 +21,8 @@ macro_rules! on_each_architecture {
     };
 }
 
-/// The same for what takes minutes: each run has these tests on the architecture that is named, a full run on the other, too.
+/// The same for what takes minutes: a run on both architectures has these tests on the one that is named. A full run has them on
+/// both, and a run on one architecture has them on that one.
 macro_rules! on_one_architecture {
     (x86_64, $($name:ident)+) => { on_one_architecture! { x86_64: X86_64, aarch64: Aarch64, $($name)+ } };
     (aarch64, $($name:ident)+) => { on_one_architecture! { aarch64: Aarch64, x86_64: X86_64, $($name)+ } };
@@ -29,7 +30,7 @@ macro_rules! on_one_architecture {
         mod long {
             use super::*;
             on_each_architecture! { $each: $first, $($name)+ }
-            mod full {
+            mod second {
                 use super::*;
                 on_each_architecture! { $full: $second, $($name)+ }
             }

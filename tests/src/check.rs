@@ -169,6 +169,10 @@ fn tests(
     } else {
         command.args(["--skip", "::full::"]);
         println!("the tests in modules called `full` are left out: they take long, and run with `--full`");
+        if architectures.len() > 1 {
+            command.args(["--skip", "::second::"]);
+            println!("the tests in modules called `second` are left out: they run on the other architecture");
+        }
     }
     // An error says where it came from by itself; thirty frames of the runner would hide it.
     run::loudly(command.env(BUILT, "yes").env("RUST_LIB_BACKTRACE", "0"))
