@@ -26,13 +26,13 @@ macro_rules! on_each_architecture {
 macro_rules! on_one_architecture {
     (x86_64, $($name:ident)+) => { on_one_architecture! { x86_64: X86_64, aarch64: Aarch64, $($name)+ } };
     (aarch64, $($name:ident)+) => { on_one_architecture! { aarch64: Aarch64, x86_64: X86_64, $($name)+ } };
-    ($each:ident: $first:ident, $full:ident: $second:ident, $($name:ident)+) => {
+    ($first:ident: $first_variant:ident, $second:ident: $second_variant:ident, $($name:ident)+) => {
         mod long {
             use super::*;
-            on_each_architecture! { $each: $first, $($name)+ }
+            on_each_architecture! { $first: $first_variant, $($name)+ }
             mod second {
                 use super::*;
-                on_each_architecture! { $full: $second, $($name)+ }
+                on_each_architecture! { $second: $second_variant, $($name)+ }
             }
         }
     };

@@ -35,8 +35,6 @@ fn a_tcp_stream_to_a_peer_outside_of_the_host_goes_on_through_live_updates_and_t
             host.wait_until("the guest's announcement", PATIENCE, |host| {
                 Ok((announcements(host)? > announced).then_some(()))
             })?;
-            let (frames, came) = (host.traffic()?.len(), announcements(host)? - announced);
-            eprintln!("announcements that have come through until frame {frames}: {came}");
         }
         guest.await_beats(host, 2)?;
         check_stream(&guest, &peer)?;

@@ -32,8 +32,9 @@ impl Default for Announcements {
 impl Announcements {
     /// Asks for the first, from which the others follow.
     pub fn start(&self) {
-        self.waited.store(0, Ordering::Release);
+        // In this order: the thread may look at any time, and must not wait for a second one before the first is asked for.
         self.ask(true);
+        self.waited.store(0, Ordering::Release);
     }
 
     /// Has none follow, and asks for one or for none.
