@@ -9,6 +9,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`document`] | the document and the index: records, tree, seal |
+//! | [`kernel`] | what the kernel itself hands over: its tree, its map of preserved memory, its sessions and files |
 //! | [`names`], [`tokens`] | what both sides must know beforehand: names of sessions and nodes, numbers of files |
 //! | [`uapi`] | `/dev/liveupdate`: request numbers and structs |
 //!
@@ -99,6 +100,7 @@
 extern crate alloc;
 
 pub mod document;
+pub mod kernel;
 pub mod names;
 pub mod tokens;
 pub mod uapi;
