@@ -2,7 +2,8 @@
 use anyhow::{Context, Result, ensure};
 use tests::architecture::Architecture;
 use tests::guests::{Guest, Running, await_beats};
-use tests::host::{Host, HostConfig, Side};
+use tests::host::{Host, HostConfig, PATIENCE, Side};
+use tests::link::SHARE;
 use tests::operator::{self, Update};
 
 on_each_architecture![
@@ -11,6 +12,7 @@ on_each_architecture![
     a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_runs,
     nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so
 ];
+on_one_architecture! { aarch64, an_update_that_nobody_has_finished_is_finished_before_another }
 
 fn two_oracles(host: &mut Host) -> Result<[Running; 2]> {
     let mut guests = [Guest::oracle("first", 64).start(host)?, Guest::oracle("second", 64).start(host)?];
@@ -79,11 +81,44 @@ fn nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so(architecture:
     })
 }
 
+fn an_update_that_nobody_has_finished_is_finished_before_another(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("unfinished", architecture, 1024)?, |host| {
+        let mut oracle = Guest::oracle("oracle", 64).start(host)?;
+        oracle.await_beats(host, 2)?;
+        let (newer, older) = (Host::image(Side::Newer), Host::image(Side::Older));
+        let (initrd, line) = (format!("{SHARE}/initrd"), host.command_line().to_owned());
+        let update =
+            |kernel| ["vmm", "update", "--kernel", kernel, "--initrd", &initrd, "--append", &line].map(str::to_owned);
+        let boots = host.boots();
+        host.spawn(&update(&newer).each_ref().map(String::as_str))?;
+        host.await_boot(boots + 1)?;
+        host.arrived(Side::Newer)?;
+        expect_told(host, "warning", "vmm restore --all")?;
+        let said = host.run(&update(&older).each_ref().map(String::as_str))?;
+        ensure!(said.code == Some(1) && said.stderr.contains("had not been restored"), "{said}");
+        host.wait_until("the VM to run", PATIENCE, |host| {
+            let list = operator::list(host)?;
+            Ok(list.iter().any(|vm| vm["name"] == "oracle" && vm["state"] == "running").then_some(()))
+        })?;
+        oracle.await_beats(host, 2)
+    })
+}
+
+/// An operator who asks is told of the last update, and what to do.
+fn expect_told(host: &mut Host, verdict: &str, help: &str) -> Result<()> {
+    let said = host.run(&["vmm", "check"])?;
+    let mut lines = said.stdout.lines().skip_while(|line| !line.contains("last-update"));
+    let told = lines.next().is_some_and(|line| line.starts_with(verdict));
+    ensure!(told && lines.next().is_some_and(|line| line.contains(help)), "{said}");
+    Ok(())
+}
+
 /// Its memory is there still, and the operator is told why.
 fn expect_kept(host: &mut Host, name: &str) -> Result<()> {
     let list = operator::list(host)?;
     let vm = list.iter().find(|vm| vm["name"] == name).with_context(|| format!("{name} is not among {list:?}"))?;
     ensure!(vm["state"] == "kept", "{vm}");
+    expect_told(host, "NOT OK", "vmm list")?;
     // Shared memory of the guest's size, which no process maps.
     let memory = host.read("/proc/meminfo")?;
     let shared = memory.lines().find_map(|line| line.strip_prefix("Shmem:")).context("no Shmem in meminfo")?;

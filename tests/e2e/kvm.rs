@@ -12,13 +12,12 @@ fn the_monitors_unit_tests_pass_where_there_is_kvm(architecture: Architecture) -
     // A VM's memory is never unmapped, and all tests are one process here: what each of them has had adds up.
     Host::with(HostConfig::new("kvm", architecture, 4096)?, |host| {
         fs::copy(&program, host.local("vmm-tests")).context("cannot copy the unit tests")?;
-        // One at a time: vCPUs of several tests on an emulated host would make each other's deadlines meaningless.
-        // Tests of vsock hold both ends of more connections than a process may have files by default.
-        let all = "ulimit -n 4096; exec /share/vmm-tests --include-ignored --test-threads=1";
-        let said = host.run(&["sh", "-c", all])?.success()?;
+        // One at a time: vCPUs of several tests on an emulated host would make each other's deadlines meaningless. All others have
+        // been run already, and much faster.
+        let said = host.run(&["/share/vmm-tests", "--ignored", "--test-threads=1"])?.success()?;
         let summary = said.stdout.lines().find(|line| line.starts_with("test result")).context("no summary")?;
         eprintln!("{summary}");
-        ensure!(summary.contains(" 0 ignored; 0 measured; 0 filtered out"), "not all tests were run: {said}");
+        ensure!(!summary.contains(" 0 passed") && summary.contains(" 0 ignored"), "no test was run: {said}");
         Ok(())
     })
 }

@@ -41,11 +41,13 @@ macro_rules! on_one_architecture {
 mod after_commit;
 mod balloon;
 mod before_commit;
+mod check;
 mod console;
 mod debian;
 mod disks;
 mod endings;
 mod generations;
+mod inspect;
 mod kvm;
 mod lab;
 mod load;

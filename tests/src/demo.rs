@@ -87,6 +87,7 @@ fn carry(options: &Options, narrator: &Narrator, report: &mut Report) -> Result<
         narrator.say("the oracle and a busybox Linux with a disk and a TCP stream to this machine run side by side");
         for (to, bare_kexec_ms) in bare {
             let from = host.hello().release.clone();
+            narrator.say(&format!("vmm check: {}", operator::check(host, to)?));
             narrator.say(&format!("vmm update: Linux {from} is to give way to {}", host.version(to)));
             let restored = operator::live_update_of_all(host, to, &Update::default())?;
             narrator.say(&format!("vmm restore: the guests run on under Linux {}", host.hello().release));

@@ -288,6 +288,11 @@ impl Host {
         }
     }
 
+    /// The command line for the next kernel, under which PID 1 restores nothing.
+    pub fn command_line(&self) -> &str {
+        &self.command_line
+    }
+
     /// The command line for the next kernel, under which PID 1 restores by itself. `output` names the file in the share
     /// that receives what `vmm restore` says.
     pub fn restoring_command_line(&self, output: &str) -> String {

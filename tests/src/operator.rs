@@ -55,6 +55,8 @@ pub struct RestoredVm {
     /// How often it was started.
     #[serde(default)]
     pub attempts: u32,
+    /// Whether its memory is where it was: `same`, `moved` or `unknown`.
+    pub frames: Option<String>,
     /// From the request to pause to the first instruction.
     pub blackout_ms: Option<f64>,
     /// Size of its document.
@@ -110,6 +112,14 @@ pub fn start_update(host: &mut Host, to: Side, output: &str, update: &Update<'_>
     host.spawn_with(&argv, update.env)
 }
 
+/// What `vmm check` says in the end of an update to a kernel. Fails when it would not let it go ahead.
+pub fn check(host: &mut Host, to: Side) -> Result<String> {
+    let (kernel, initrd) = (Host::image(to), format!("{SHARE}/initrd"));
+    let append = host.restoring_command_line("unexpected");
+    let said = host.run(&["vmm", "check", "--kernel", &kernel, "--initrd", &initrd, "--append", &append])?.success()?;
+    said.stdout.lines().next_back().map(str::to_owned).context("`vmm check` said nothing")
+}
+
 /// Replaces the host's kernel under its VMs and waits until `vmm restore` is done. Fails when the update does not happen.
 pub fn live_update(host: &mut Host, to: Side, update: &Update<'_>) -> Result<(Restored, Ended)> {
     let before = host.boots();
@@ -156,6 +166,9 @@ pub fn result_line(stdout: &str) -> Result<Value> {
 pub fn live_update_of_all(host: &mut Host, to: Side, update: &Update<'_>) -> Result<Restored> {
     let (restored, ended) = live_update(host, to, update)?;
     ensure!(ended.code == Some(0) && restored.result == "restored", "not all VMs were restored: {ended}");
+    // Every update proves that all of the memory is preserved; here it shows that it was.
+    let moved = restored.vms.iter().find(|vm| vm.frames.as_deref() != Some("same"));
+    ensure!(moved.is_none(), "the memory of a VM is not known to be where it was: {moved:?}");
     Ok(restored)
 }
 

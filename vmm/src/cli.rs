@@ -122,6 +122,13 @@ pub enum Command {
     List(JsonArg),
     /// Show one VM, and the timeline of the live update it came through
     Status(StatusArgs),
+    /// Tell whether a live update of this host could go ahead
+    ///
+    /// A line for each question: this host, its VMs, and with --kernel the next kernel, which is looked into. The exit status is 0
+    /// only if an update could go ahead. Nothing is touched.
+    Check(CheckArgs),
+    /// Look into a document or an index, or into what this host was handed and is about to hand over
+    Inspect(InspectArgs),
     /// Pause a VM's guest
     Pause(NameArg),
     /// Let a paused guest run on
@@ -210,20 +217,17 @@ impl RunArgs {
 
 /// `vmm update`.
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("command_line").args(["append", "reuse_cmdline"])))]
+#[command(group(ArgGroup::new("next_kernel").args(["kernel"]).required(true)))]
 pub struct UpdateArgs {
-    /// The next kernel of this host
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
-    /// Its initial RAM file system
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Its command line; must contain kho=on and liveupdate=on
-    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
-    pub append: Option<String>,
-    /// Give it the command line of the running kernel
-    #[arg(long)]
-    pub reuse_cmdline: bool,
+    /// What it is to be replaced by
+    #[command(flatten)]
+    pub next: NextKernelArgs,
+    /// Go on although this check of the next kernel fails, as `vmm check` names it. Can be given more than once
+    ///
+    /// What it is about is told by `vmm check`. Where the check is right, guests are lost: with another version of any of the formats the
+    /// next kernel does not find them, without KVM it cannot run them, and a VM whose disk has gone cannot be restored.
+    #[arg(long, value_name = "CHECK")]
+    pub force: Vec<String>,
     /// Seconds that each phase may take before all is undone
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub timeout: Duration,
@@ -231,6 +235,17 @@ pub struct UpdateArgs {
     /// be filled in first
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
     pub prepare_timeout: Duration,
+    /// Look for every page of the guests' memory in the kernel's map of what it hands over, inside the pause, too
+    ///
+    /// Before the pause that is always done where the kernel shows its map, which takes root's rights and a kernel that is not locked
+    /// down. With --prove an update that cannot be proven is refused.
+    #[arg(long)]
+    pub prove: bool,
+    /// Take a checksum of all of the guests' memory inside the pause, and compare it under the next kernel before they run on
+    ///
+    /// It makes the pause longer by twice the time in which all memory can be read. A VM whose memory is not what it was is kept.
+    #[arg(long)]
+    pub digest: bool,
     /// Do everything but the reboot, undo it, and report how long each phase took
     #[arg(long)]
     pub rehearse: bool,
@@ -264,6 +279,65 @@ pub struct RestoreArgs {
     /// The index's session, retrieved already, on this file descriptor (used by `vmm update`)
     #[arg(long, value_name = "FD", hide = true, requires = "supervise")]
     pub index_session: Option<i32>,
+}
+
+/// `vmm check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The next kernel, as for `vmm update`
+    #[command(flatten)]
+    pub next: Option<NextKernelArgs>,
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The kernel that is to take over.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("next_command_line").args(["append", "reuse_cmdline"])))]
+pub struct NextKernelArgs {
+    /// The next kernel of this host
+    // Whether it must be there is up to the verb.
+    #[arg(long, value_name = "FILE", required = false)]
+    pub kernel: PathBuf,
+    /// Its initial RAM file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line; must contain kho=on and liveupdate=on
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true, requires = "kernel")]
+    pub append: Option<String>,
+    /// Give it the command line of the running kernel
+    #[arg(long, requires = "kernel")]
+    pub reuse_cmdline: bool,
+}
+
+/// `vmm inspect`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("subject").args(["file", "host", "diff"]).required(true)))]
+pub struct InspectArgs {
+    /// A VM's document, an index, a flattened device tree, or a dump that --save has written
+    pub file: Option<PathBuf>,
+    /// What the kernel of this host was handed, and what it is about to hand over
+    #[arg(long)]
+    pub host: bool,
+    /// Only what it was handed
+    #[arg(long, requires = "host")]
+    pub incoming: bool,
+    /// Only what it is about to hand over
+    #[arg(long, requires = "host")]
+    pub outgoing: bool,
+    /// Write all of it into a folder, for a bug report; guests' memory is left out
+    #[arg(long, value_name = "DIR", requires = "host")]
+    pub save: Option<PathBuf>,
+    /// What is not the same in two documents; the exit status is 1 when there is something
+    #[arg(long, num_args = 2, value_names = ["ONE", "OTHER"])]
+    pub diff: Option<Vec<PathBuf>>,
+    /// As device tree source
+    #[arg(long, requires = "file", conflicts_with = "json")]
+    pub dts: bool,
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A verb that only lists.
@@ -415,6 +489,11 @@ mod tests {
         assert!(parse("vmm run --name a --kernel k --append --x --memory 1G").is_ok());
         assert!(parse("vmm run --restore 3").is_ok());
         assert!(parse("vmm balloon a 0").is_ok());
+        let next = |line: &str| match parse(line).unwrap().command {
+            Command::Check(arguments) => arguments.next.map(|next| next.kernel),
+            _ => panic!("{line}"),
+        };
+        assert_eq!((next("vmm check"), next("vmm check --kernel k")), (None, Some("k".into())));
         for line in [
             "vmm run --kernel k",
             "vmm run --name a",
@@ -428,7 +507,9 @@ mod tests {
             "vmm balloon a -1",
             "vmm balloon a 0M",
             "vmm restore",
+            "vmm update",
             "vmm update --initrd i",
+            "vmm check --initrd i",
             "vmm update --kernel k --append x --reuse-cmdline",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");

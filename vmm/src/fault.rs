@@ -6,6 +6,7 @@
 //! | point | process | when |
 //! |---|---|---|
 //! | `update.image-loaded` | `vmm update` | the next kernel is loaded, no VM has been touched |
+//! | `update.memory-preserved` | `vmm update` | once per RAM file of a VM; `flip` leaves it out |
 //! | `update.prepared` | `vmm update` | all VMs are preserved, guests run |
 //! | `update.frozen` | `vmm update` | all guests are paused, their documents are written |
 //! | `update.checked` | `vmm update` | once per VM, its document has been found complete; `flip` spoils it behind that check |
@@ -13,7 +14,12 @@
 //! | `vm.prepared`, `vm.document-written` | a VM | before it answers the request; the latter's `flip` spoils the document |
 //! | `vm.machine-built` | a VM | rebuilt after a kexec, before its first instruction |
 //! | `restore.files-retrieved` | `vmm restore` | once per VM, its files are about to be retrieved |
+//! | `restore.memory-retrieved` | `vmm restore` | once per VM, its memory is there; `flip` spoils it |
 
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -133,6 +139,13 @@ fn kill_self() {
     if let Err(error) = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL) {
         tracing::error!(%error, "cannot kill this process");
     }
+}
+
+/// Changes one bit in the middle of a file of so many bytes, as bad memory would.
+pub fn spoil(file: &OwnedFd, bytes: u64) -> io::Result<()> {
+    let (file, mut byte, middle) = (File::from(file.try_clone()?), [0], bytes / 2);
+    file.read_exact_at(&mut byte, middle)?;
+    file.write_all_at(&[byte[0] ^ 1], middle)
 }
 
 #[cfg(test)]

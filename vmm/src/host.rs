@@ -1,8 +1,14 @@
 //! What concerns the host: its VMs as a whole, its kernel, and the verbs an operator uses.
 
+pub mod check;
 pub mod clock;
+pub mod digest;
+pub mod inspect;
+pub mod kcore;
 pub mod kept;
 pub mod kexec;
+pub mod memory_shortage;
+pub mod proof;
 pub mod report;
 pub mod restore;
 pub mod run;

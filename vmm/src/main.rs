@@ -10,9 +10,11 @@ mod device;
 mod fault;
 mod handover;
 mod host;
+mod kernel_image;
 mod machine;
 mod memory;
 mod persist;
+mod registers;
 mod vcpu;
 mod vm;
 
@@ -57,6 +59,8 @@ fn run(command: Command, log: LogArgs, started: u64) -> anyhow::Result<u8> {
         Command::Restore(arguments) => host::restore::restore(&dir, &arguments, log, started),
         Command::List(arguments) => host::verbs::list(&dir, arguments.json),
         Command::Status(arguments) => host::verbs::status(&dir, &arguments.name, arguments.json),
+        Command::Check(arguments) => host::check::check(&dir, &arguments),
+        Command::Inspect(arguments) => host::inspect::inspect(&arguments),
         Command::Pause(arguments) => host::verbs::pause(&dir, &arguments.name),
         Command::Resume(arguments) => host::verbs::resume(&dir, &arguments.name),
         Command::Stop(arguments) => host::verbs::stop(&dir, &arguments.name),

@@ -21,7 +21,7 @@ use crate::arch;
 use crate::config::MEMORY_GRANULE;
 
 /// What RAM must be sealed with: its size can never change under a guest, and nobody can add a seal that forbids writing.
-const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
+pub const SEALS: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
 
 /// What can go wrong with guest RAM.
 #[derive(Debug, thiserror::Error)]

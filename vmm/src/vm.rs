@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kho_abi::document::machine::MachineV2;
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::tokens;
 use serde::Serialize;
 
@@ -174,7 +174,7 @@ impl Arriving {
 
     /// The VM, with its memory: token and memfd of each part. `timeline` is what is known of the update so far. Builds all and runs
     /// nothing: until [`Vm::run`] the same memory can be restored again.
-    pub fn restore(self, ram: Vec<(u64, OwnedFd)>, mut timeline: TimelineV2) -> Result<Vm, VmError> {
+    pub fn restore(self, ram: Vec<(u64, OwnedFd)>, mut timeline: TimelineV3) -> Result<Vm, VmError> {
         let Self { document, document_bytes, parts } = self;
         let ram = Ram::adopt(file_of_ranges(ram, &document)?, document.ram.clone()).map_err(MachineError::from)?;
         let (mut machine, mut vcpus) = Machine::new(parts, ram, Some(&document.vcpus))?;
@@ -202,7 +202,7 @@ pub struct Status {
     /// Bytes of the document it was restored from, or that was last written.
     pub document_bytes: u64,
     /// The marks of the last update.
-    pub timeline: Option<TimelineV2>,
+    pub timeline: Option<TimelineV3>,
     /// Bytes of output of the serial port that nobody will read.
     pub serial_dropped: u64,
 }
@@ -216,7 +216,7 @@ struct Control {
     ending: Option<Ending>,
     generation: u64,
     document_bytes: u64,
-    timeline: Option<TimelineV2>,
+    timeline: Option<TimelineV3>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -251,7 +251,7 @@ impl Vm {
         vcpus: Vec<Vcpu>,
         generation: u64,
         document_bytes: u64,
-        timeline: Option<TimelineV2>,
+        timeline: Option<TimelineV3>,
     ) -> Result<Self, VmError> {
         let control = Control {
             state: State::Paused,
@@ -288,7 +288,7 @@ impl Vm {
 
     /// Lets the guest run for the first time in this process. `before_first_run` is called right before any vCPU enters the guest,
     /// with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory changes.
-    pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV2) + Send>) -> Result<(), VmError> {
+    pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV3) + Send>) -> Result<(), VmError> {
         self.0.machine.start_devices()?;
         let mut control = self.0.control();
         if control.started {
@@ -299,7 +299,7 @@ impl Vm {
         let told = Arc::new(OnceLock::new());
         let telling = told.clone();
         let before: BeforeRun = Box::new(move || {
-            let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV2::new(1));
+            let mut timeline = inner.control().timeline.clone().unwrap_or_else(|| TimelineV3::new(1));
             timeline.mark(Phase::FirstInstruction, arch::counter());
             before_first_run(&timeline);
             // Not earlier: they write to the guest's memory, from which the VM could be restored once more until now.

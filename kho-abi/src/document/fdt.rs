@@ -3,7 +3,7 @@
 //! Written by vm-fdt, read by dtoolkit, which is known to no other file. What is read is of the one form that is
 //! written: no memory reservations, no gaps between the blocks, no NOPs, padding of zeros, names that occur once, and
 //! limits on depth and number of nodes. All of that is checked over the bytes, without recursion, before the parser
-//! sees them; a tree from elsewhere, such as the kernel's own KHO tree, is not for this reader.
+//! sees them. The trees that Linux hands over are of that form, too.
 
 use alloc::collections::BTreeSet;
 use alloc::format;

@@ -34,6 +34,11 @@ pub const VERSION: u32 = 1;
 
 const CHECKSUM: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_XZ);
 
+/// The checksum, CRC-64/XZ, of some bytes.
+pub fn checksum_of(bytes: &[u8]) -> u64 {
+    CHECKSUM.checksum(bytes)
+}
+
 /// What is sealed, which decides the magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

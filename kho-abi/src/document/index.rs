@@ -8,8 +8,8 @@ use alloc::vec::Vec;
 use super::header::Kind;
 use super::machine::RAM_RANGES_MAX;
 use super::node::Node;
-use super::record::{Reader, Record, from_node, read_node, to_node};
-use super::timeline::TimelineV2;
+use super::record::{COMPATIBLE, Reader, Record, from_node, read_node, to_node};
+use super::timeline::TimelineV3;
 use super::{DecodeError, DocumentError, EncodeError, Problem, fdt, header};
 use crate::{names, tokens};
 
@@ -21,7 +21,7 @@ const RAM: usize = 16;
 
 /// Where one VM is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct IndexEntryV1 {
+pub struct IndexEntryV2 {
     /// The VM's name.
     pub name: String,
     /// Its session.
@@ -33,60 +33,96 @@ pub struct IndexEntryV1 {
     /// Token and size in bytes of each RAM memfd.
     pub ram: Vec<(u64, u64)>,
     /// The marks of this VM.
-    pub marks: TimelineV2,
+    pub marks: TimelineV3,
+    /// The [checksum](header::checksum_of) of where all of its RAM was in the old kernel's physical memory, where that was looked up.
+    pub frames: Option<u64>,
+    /// A checksum of what was in all of its RAM when it was frozen, where one was asked for.
+    pub content: Option<u64>,
 }
 
-impl Record for IndexEntryV1 {
-    const COMPATIBLE: &'static str = "kho-vmm,index-entry-v1";
+/// What an entry without the checksums calls itself.
+const ENTRY_V1: &str = "kho-vmm,index-entry-v1";
+
+impl IndexEntryV2 {
+    /// Of the previous version where that holds all there is, so that who knows only that can read it.
+    fn to_node(&self) -> Node {
+        let version = if self.frames.or(self.content).is_some() { Self::COMPATIBLE } else { ENTRY_V1 };
+        self.encode(Node::new(format!("{}@{}", names::VM, self.name)).with_str(COMPATIBLE, version))
+    }
+}
+
+impl Record for IndexEntryV2 {
+    const COMPATIBLE: &'static str = "kho-vmm,index-entry-v2";
 
     fn encode(&self, node: Node) -> Node {
-        let Self { name, session, state_token, document_bytes, ram, marks } = self;
+        let Self { name, session, state_token, document_bytes, ram, marks, frames, content } = self;
         let mut list = Vec::with_capacity(ram.len() * RAM);
         for (token, size) in ram {
             list.extend_from_slice(&token.to_be_bytes());
             list.extend_from_slice(&size.to_be_bytes());
         }
-        node.with_str("name", name)
+        let node = node
+            .with_str("name", name)
             .with_str("session", session)
             .with_u64("state-token", *state_token)
             .with_u64("document-bytes", *document_bytes)
             .with_bytes("ram", list)
-            .with_child(marks.to_node(names::MARKS))
+            .with_child(marks.to_node(names::MARKS));
+        let checksums = [("frames", frames), ("content", content)];
+        checksums.into_iter().fold(node, |node, (name, value)| match value {
+            Some(value) => node.with_u64(name, *value),
+            None => node,
+        })
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let entry = Self {
-            name: reader.string("name")?,
-            session: reader.string("session")?,
-            state_token: reader.u64("state-token")?,
-            document_bytes: reader.u64("document-bytes")?,
-            ram: reader.entries::<RAM>("ram")?.iter().map(|entry| pair(*entry)).collect(),
-            marks: reader.group(names::MARKS, TimelineV2::decode_any)?,
-        };
-        if reader.unit_address() != Some(&entry.name) {
-            return Err(reader.invalid("name", "is not the one in the node's name"));
-        }
-        // The session's name follows from the VM's: an entry can thus never lead to the memory of another VM.
-        if names::session_name(&entry.name).as_ref() != Some(&entry.session) {
-            return Err(reader.invalid("session", "is not the one of a VM of this name"));
-        }
-        if !(header::SIZE as u64..=header::CAP as u64).contains(&entry.document_bytes) {
-            return Err(reader.invalid("document-bytes", format!("is {}, no document's", entry.document_bytes)));
-        }
-        if entry.ram.is_empty() || entry.ram.len() > RAM_RANGES_MAX {
-            return Err(reader.invalid("ram", format!("has {} files", entry.ram.len())));
-        }
-        let mut seen = BTreeSet::from([entry.state_token]);
-        for &(token, size) in &entry.ram {
-            if token < tokens::RAM_FIRST || !seen.insert(token) {
-                return Err(reader.invalid("ram", format!("has token {token:#x} twice, or where no memory can be")));
-            }
-            if size == 0 {
-                return Err(reader.invalid("ram", format!("has file {token:#x} of size zero")));
-            }
-        }
+        let mut entry = decode_entry(reader)?;
+        entry.frames = reader.optional_u64("frames")?;
+        entry.content = reader.optional_u64("content")?;
         Ok(entry)
     }
+}
+
+/// Reads an entry of this version or the previous one.
+fn decode_any_entry(reader: &mut Reader<'_>) -> Result<IndexEntryV2, DecodeError> {
+    if reader.compatible()? == ENTRY_V1 { decode_entry(reader) } else { reader.record() }
+}
+
+/// What both versions have.
+fn decode_entry(reader: &mut Reader<'_>) -> Result<IndexEntryV2, DecodeError> {
+    let entry = IndexEntryV2 {
+        name: reader.string("name")?,
+        session: reader.string("session")?,
+        state_token: reader.u64("state-token")?,
+        document_bytes: reader.u64("document-bytes")?,
+        ram: reader.entries::<RAM>("ram")?.iter().map(|entry| pair(*entry)).collect(),
+        marks: reader.group(names::MARKS, TimelineV3::decode_any)?,
+        frames: None,
+        content: None,
+    };
+    if reader.unit_address() != Some(&entry.name) {
+        return Err(reader.invalid("name", "is not the one in the node's name"));
+    }
+    // The session's name follows from the VM's: an entry can thus never lead to the memory of another VM.
+    if names::session_name(&entry.name).as_ref() != Some(&entry.session) {
+        return Err(reader.invalid("session", "is not the one of a VM of this name"));
+    }
+    if !(header::SIZE as u64..=header::CAP as u64).contains(&entry.document_bytes) {
+        return Err(reader.invalid("document-bytes", format!("is {}, no document's", entry.document_bytes)));
+    }
+    if entry.ram.is_empty() || entry.ram.len() > RAM_RANGES_MAX {
+        return Err(reader.invalid("ram", format!("has {} files", entry.ram.len())));
+    }
+    let mut seen = BTreeSet::from([entry.state_token]);
+    for &(token, size) in &entry.ram {
+        if token < tokens::RAM_FIRST || !seen.insert(token) {
+            return Err(reader.invalid("ram", format!("has token {token:#x} twice, or where no memory can be")));
+        }
+        if size == 0 {
+            return Err(reader.invalid("ram", format!("has file {token:#x} of size zero")));
+        }
+    }
+    Ok(entry)
 }
 
 fn pair(entry: [u8; RAM]) -> (u64, u64) {
@@ -128,11 +164,11 @@ pub struct IndexV2 {
     /// The release of the kernel under which it was written.
     pub kernel: String,
     /// The marks of the host.
-    pub timeline: TimelineV2,
+    pub timeline: TimelineV3,
     /// The host's wall clock, as late as it could be read.
     pub clock: Option<ClockV1>,
     /// The VMs.
-    pub vms: Vec<IndexEntryV1>,
+    pub vms: Vec<IndexEntryV2>,
 }
 
 impl Record for IndexV2 {
@@ -140,7 +176,7 @@ impl Record for IndexV2 {
 
     fn encode(&self, node: Node) -> Node {
         let Self { generation, kernel, timeline, clock, vms } = self;
-        let entries = vms.iter().map(|vm| to_node(&format!("{}@{}", names::VM, vm.name), vm));
+        let entries = vms.iter().map(IndexEntryV2::to_node);
         node.with_u64("generation", *generation)
             .with_str("kernel", kernel)
             .with_child(timeline.to_node(names::TIMELINE))
@@ -161,10 +197,10 @@ fn decode_index(
     Ok(IndexV2 {
         generation: reader.u64("generation")?,
         kernel: reader.string("kernel")?,
-        timeline: reader.group(names::TIMELINE, TimelineV2::decode_any)?,
+        timeline: reader.group(names::TIMELINE, TimelineV3::decode_any)?,
         clock: clock(reader)?,
         vms: reader.group(names::VMS, |vms| {
-            let entries = vms.children(names::VM)?;
+            let entries = vms.each(names::VM, decode_any_entry)?;
             match entries.len() <= VMS_MAX {
                 true => Ok(entries),
                 false => Err(vms.error(Problem::TooMany { what: "VMs", max: VMS_MAX })),

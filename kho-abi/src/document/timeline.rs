@@ -28,6 +28,8 @@ pub enum Phase {
     DevicesStopped,
     /// The document is in its memfd.
     DocumentWritten,
+    /// All of the guest's memory has been read for its checksum, where one was asked for.
+    MemoryDigested,
     /// All is preserved, the index included.
     Preserved,
     /// The last moment of the old kernel's user space.
@@ -38,6 +40,8 @@ pub enum Phase {
     IndexRetrieved,
     /// The VM's files are back.
     FilesRetrieved,
+    /// All of the guest's memory has been read again, and has the checksum that it had.
+    DigestChecked,
     /// The machine is whole again.
     MachineBuilt,
     /// The guest runs: the blackout ends.
@@ -46,7 +50,7 @@ pub enum Phase {
 
 impl Phase {
     /// All phases, in order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::UpdateStarted,
         Self::ImageLoaded,
         Self::Prepared,
@@ -54,11 +58,13 @@ impl Phase {
         Self::VcpusStopped,
         Self::DevicesStopped,
         Self::DocumentWritten,
+        Self::MemoryDigested,
         Self::Preserved,
         Self::RebootCalled,
         Self::InitReached,
         Self::IndexRetrieved,
         Self::FilesRetrieved,
+        Self::DigestChecked,
         Self::MachineBuilt,
         Self::FirstInstruction,
     ];
@@ -73,11 +79,13 @@ impl Phase {
             Self::VcpusStopped => "vcpus-stopped",
             Self::DevicesStopped => "devices-stopped",
             Self::DocumentWritten => "document-written",
+            Self::MemoryDigested => "memory-digested",
             Self::Preserved => "preserved",
             Self::RebootCalled => "reboot-called",
             Self::InitReached => "init-reached",
             Self::IndexRetrieved => "index-retrieved",
             Self::FilesRetrieved => "files-retrieved",
+            Self::DigestChecked => "digest-checked",
             Self::MachineBuilt => "machine-built",
             Self::FirstInstruction => "first-instruction",
         }
@@ -110,7 +118,7 @@ impl FromStr for Phase {
 
 /// Marks of one update.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TimelineV2 {
+pub struct TimelineV3 {
     /// Counts per second; 0 where it is not known, and then no times can be told.
     pub frequency_hz: u64,
     /// The counter at each phase that was reached. [`mark`](Self::mark) keeps them in order, one per phase; so does
@@ -118,7 +126,7 @@ pub struct TimelineV2 {
     pub marks: Vec<(Phase, u64)>,
 }
 
-impl TimelineV2 {
+impl TimelineV3 {
     /// A timeline without marks.
     pub fn new(frequency_hz: u64) -> Self {
         Self { frequency_hz, marks: Vec::new() }
@@ -179,37 +187,43 @@ impl TimelineV2 {
     }
 }
 
-/// What a timeline without [`Phase::DevicesStopped`] calls itself.
+/// What timelines call themselves that have only phases which that version knows.
 const TIMELINE_V1: &str = "kho-vmm,timeline-v1";
+const TIMELINE_V2: &str = "kho-vmm,timeline-v2";
 
-impl TimelineV2 {
-    /// The node called `name`: of the previous version where that holds all there is, so that who knows only that can read it.
+/// The first version that knows a phase.
+fn version(phase: Phase) -> &'static str {
+    match phase {
+        Phase::MemoryDigested | Phase::DigestChecked => TimelineV3::COMPATIBLE,
+        Phase::DevicesStopped => TIMELINE_V2,
+        _ => TIMELINE_V1,
+    }
+}
+
+impl TimelineV3 {
+    /// The node called `name`: of the oldest version that holds all there is, so that who knows only that can read it.
     pub fn to_node(&self, name: &str) -> Node {
-        let version = match self.counter(Phase::DevicesStopped) {
-            Some(_) => Self::COMPATIBLE,
-            None => TIMELINE_V1,
-        };
+        // The versions' names are in their order.
+        let version = self.marks.iter().map(|(phase, _)| version(*phase)).max().unwrap_or(TIMELINE_V1);
         self.encode(Node::new(name).with_str(COMPATIBLE, version))
     }
 
-    /// Reads a node of this version or the previous one.
+    /// Reads a node of this version or an earlier one.
     ///
     /// # Errors
-    /// When it is of neither, or does not decode.
+    /// When it is of none, or does not decode.
     pub fn decode_any(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        match reader.compatible()?.as_str() {
-            TIMELINE_V1 => decode_phases(reader, |phase| phase != Phase::DevicesStopped),
-            Self::COMPATIBLE => reader.record(),
-            found => {
-                let expected = [TIMELINE_V1, Self::COMPATIBLE].join(" or ");
-                Err(reader.error(Problem::Incompatible { expected, found: found.into() }))
-            }
+        let versions = [TIMELINE_V1, TIMELINE_V2, Self::COMPATIBLE];
+        let found = reader.compatible()?;
+        match versions.iter().find(|version| **version == found) {
+            Some(known) => decode_phases(reader, |phase| version(phase) <= *known),
+            None => Err(reader.error(Problem::Incompatible { expected: versions.join(" or "), found })),
         }
     }
 }
 
-fn decode_phases(reader: &mut Reader<'_>, known: impl Fn(Phase) -> bool) -> Result<TimelineV2, DecodeError> {
-    let mut timeline = TimelineV2::new(reader.u64("frequency-hz")?);
+fn decode_phases(reader: &mut Reader<'_>, known: impl Fn(Phase) -> bool) -> Result<TimelineV3, DecodeError> {
+    let mut timeline = TimelineV3::new(reader.u64("frequency-hz")?);
     for phase in Phase::ALL.into_iter().filter(|phase| known(*phase)) {
         if let Some(counter) = reader.optional_u64(phase.name())? {
             timeline.mark(phase, counter);
@@ -218,8 +232,8 @@ fn decode_phases(reader: &mut Reader<'_>, known: impl Fn(Phase) -> bool) -> Resu
     Ok(timeline)
 }
 
-impl Record for TimelineV2 {
-    const COMPATIBLE: &'static str = "kho-vmm,timeline-v2";
+impl Record for TimelineV3 {
+    const COMPATIBLE: &'static str = "kho-vmm,timeline-v3";
 
     fn encode(&self, node: Node) -> Node {
         let Self { frequency_hz, marks } = self;

@@ -90,3 +90,13 @@ fn index_v2_with_timeline_v2_decodes_to_its_value() {
 fn index_v2_with_timeline_v2_encodes_to_its_bytes() {
     assert!(sample::index_with_devices_stopped().to_bytes().unwrap() == golden("index-v2-timeline-v2.bin"));
 }
+
+#[test]
+fn index_v2_with_entry_v2_decodes_to_its_value() {
+    assert_eq!(IndexV2::from_bytes(&golden("index-v2-entry-v2.bin")).unwrap(), sample::index_with_checksums());
+}
+
+#[test]
+fn index_v2_with_entry_v2_encodes_to_its_bytes() {
+    assert!(sample::index_with_checksums().to_bytes().unwrap() == golden("index-v2-entry-v2.bin"));
+}

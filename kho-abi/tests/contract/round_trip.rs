@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
-use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
+use kho_abi::document::index::{ClockV1, IndexEntryV2, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::platform::PlatformState;
 use kho_abi::document::record::{from_node, to_node};
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::document::vcpu::VcpuState;
 use kho_abi::document::virtio::{NetV1, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
@@ -249,8 +249,8 @@ fn vm_name() -> impl Strategy<Value = String> {
 }
 
 prop_compose! {
-    fn timeline()(frequency_hz: u64, marks in vec((prop::sample::select(&Phase::ALL), any::<u64>()), 0..20)) -> TimelineV2 {
-        let mut timeline = TimelineV2::new(frequency_hz);
+    fn timeline()(frequency_hz: u64, marks in vec((prop::sample::select(&Phase::ALL), any::<u64>()), 0..20)) -> TimelineV3 {
+        let mut timeline = TimelineV3::new(frequency_hz);
         for (phase, counter) in marks {
             timeline.mark(phase, counter);
         }
@@ -264,10 +264,12 @@ prop_compose! {
         document_bytes in header::SIZE as u64..=header::CAP as u64,
         sizes in vec(1_u64.., 1..5),
         marks in timeline(),
-    ) -> IndexEntryV1 {
+        frames: Option<u64>,
+        content: Option<u64>,
+    ) -> IndexEntryV2 {
         let ram = sizes.into_iter().zip(tokens::RAM_FIRST..).map(|(size, token)| (token, size)).collect();
         let session = names::session_name(&name).unwrap();
-        IndexEntryV1 { name, session, state_token: tokens::STATE, document_bytes, ram, marks }
+        IndexEntryV2 { name, session, state_token: tokens::STATE, document_bytes, ram, marks, frames, content }
     }
 }
 
@@ -311,7 +313,7 @@ proptest! {
 
     #[test]
     fn a_timeline_is_read_as_it_was_written(timeline in timeline()) {
-        prop_assert_eq!(from_node::<TimelineV2>(&to_node("timeline", &timeline)).unwrap(), timeline);
+        prop_assert_eq!(from_node::<TimelineV3>(&to_node("timeline", &timeline)).unwrap(), timeline);
     }
 
     #[test]

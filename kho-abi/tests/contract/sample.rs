@@ -2,11 +2,11 @@
 
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
-use kho_abi::document::index::{ClockV1, IndexEntryV1, IndexV2};
+use kho_abi::document::index::{ClockV1, IndexEntryV2, IndexV2};
 use kho_abi::document::machine::{ConfigV2, MachineV2};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::platform::PlatformState;
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::document::vcpu::VcpuState;
 use kho_abi::document::virtio::{BlockV1, ImageKind, QueueV1, RngV1, VirtioMmioV1, VirtioState};
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
@@ -217,11 +217,11 @@ pub fn before_clock(index: IndexV2) -> IndexV2 {
 
 /// The value in `index-v2.bin`. Never change it.
 pub fn index() -> IndexV2 {
-    let mut timeline = TimelineV2::new(2_893_432_000);
+    let mut timeline = TimelineV3::new(2_893_432_000);
     timeline.mark(Phase::UpdateStarted, 1_000_000_000_000);
     timeline.mark(Phase::ImageLoaded, 1_000_500_000_000);
     timeline.mark(Phase::RebootCalled, 1_002_000_000_000);
-    let mut marks = TimelineV2::new(2_893_432_000);
+    let mut marks = TimelineV3::new(2_893_432_000);
     marks.mark(Phase::PauseAsked, 1_001_000_000_000);
     marks.mark(Phase::VcpusStopped, 1_001_100_000_000);
     IndexV2 {
@@ -230,21 +230,25 @@ pub fn index() -> IndexV2 {
         timeline,
         clock: Some(ClockV1 { counter: 1_002_000_000_123, realtime_ns: 1_795_570_000_123_456_789 }),
         vms: vec![
-            IndexEntryV1 {
+            IndexEntryV2 {
                 name: "golden-1".into(),
                 session: "kho-vmm.golden-1".into(),
                 state_token: 1,
                 document_bytes: 14_336,
                 ram: vec![(0x100, 0xe000_0000)],
                 marks,
+                frames: None,
+                content: None,
             },
-            IndexEntryV1 {
+            IndexEntryV2 {
                 name: "A_second-VM_whose-name_takes-all-48-characters-0".into(),
                 session: "kho-vmm.A_second-VM_whose-name_takes-all-48-characters-0".into(),
                 state_token: 1,
                 document_bytes: 9_000,
                 ram: vec![(0x100, 0x4000_0000), (0x101, 0x1000)],
-                marks: TimelineV2::default(),
+                marks: TimelineV3::default(),
+                frames: None,
+                content: None,
             },
         ],
     }
@@ -254,5 +258,15 @@ pub fn index() -> IndexV2 {
 pub fn index_with_devices_stopped() -> IndexV2 {
     let mut index = index();
     index.vms[0].marks.mark(Phase::DevicesStopped, 1_001_150_000_000);
+    index
+}
+
+/// The value in `index-v2-entry-v2.bin`. Never change it.
+pub fn index_with_checksums() -> IndexV2 {
+    let mut index = index_with_devices_stopped();
+    let vm = &mut index.vms[0];
+    vm.frames = Some(0x0123_4567_89ab_cdef);
+    vm.content = Some(0xfedc_ba98_7654_3210);
+    vm.marks.mark(Phase::MemoryDigested, 1_001_180_000_000);
     index
 }

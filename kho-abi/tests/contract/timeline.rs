@@ -1,6 +1,6 @@
 //! What a timeline tells.
 
-use kho_abi::document::timeline::{Phase, TimelineV2, UnknownPhase};
+use kho_abi::document::timeline::{Phase, TimelineV3, UnknownPhase};
 
 #[test]
 fn phases_have_names_and_are_found_by_them() {
@@ -14,7 +14,7 @@ fn phases_have_names_and_are_found_by_them() {
 
 #[test]
 fn a_phase_marked_again_counts_from_the_last_mark() {
-    let mut timeline = TimelineV2::new(1_000_000);
+    let mut timeline = TimelineV3::new(1_000_000);
     timeline.mark(Phase::FirstInstruction, 900);
     timeline.mark(Phase::PauseAsked, 500);
     timeline.mark(Phase::FirstInstruction, 2500);
@@ -25,10 +25,10 @@ fn a_phase_marked_again_counts_from_the_last_mark() {
 
 #[test]
 fn phases_tell_the_time_since_the_one_before_across_those_not_reached() {
-    let mut host = TimelineV2::new(1000);
+    let mut host = TimelineV3::new(1000);
     host.mark(Phase::UpdateStarted, 100);
     host.mark(Phase::RebootCalled, 700);
-    let mut vm = TimelineV2::new(1000);
+    let mut vm = TimelineV3::new(1000);
     vm.mark(Phase::PauseAsked, 400);
     host.merge(&vm);
     let phases = [(Phase::UpdateStarted, 0.0), (Phase::PauseAsked, 300.0), (Phase::RebootCalled, 300.0)];
@@ -37,10 +37,10 @@ fn phases_tell_the_time_since_the_one_before_across_those_not_reached() {
 
 #[test]
 fn nothing_is_told_without_a_frequency_or_a_mark() {
-    let mut timeline = TimelineV2::default();
+    let mut timeline = TimelineV3::default();
     timeline.mark(Phase::PauseAsked, 1);
     timeline.mark(Phase::FirstInstruction, 2);
     assert_eq!(timeline.blackout_ms(), None);
     assert_eq!(timeline.phases(), []);
-    assert_eq!(TimelineV2::new(1000).blackout_ms(), None);
+    assert_eq!(TimelineV3::new(1000).blackout_ms(), None);
 }

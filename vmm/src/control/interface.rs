@@ -6,7 +6,7 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
@@ -100,9 +100,9 @@ pub struct MachineStatus {
 
 impl MachineStatus {
     /// The timeline of the live update it came through last.
-    pub fn timeline(&self) -> Option<TimelineV2> {
+    pub fn timeline(&self) -> Option<TimelineV3> {
         let frequency_hz = self.counter_hz?;
-        Some(TimelineV2 { frequency_hz, marks: known_marks(&self.marks) })
+        Some(TimelineV3 { frequency_hz, marks: known_marks(&self.marks) })
     }
 }
 

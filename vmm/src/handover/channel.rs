@@ -12,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use kho_abi::document::timeline::TimelineV2;
+use kho_abi::document::timeline::TimelineV3;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
@@ -80,13 +80,13 @@ pub struct Memory {
 
 impl Memory {
     /// Memory in files of those tokens and sizes, at that point of the update.
-    pub fn new(timeline: &TimelineV2, ram: Vec<RamFile>) -> Self {
+    pub fn new(timeline: &TimelineV3, ram: Vec<RamFile>) -> Self {
         Self { counter_hz: timeline.frequency_hz, marks: marks(&timeline.marks), ram }
     }
 
     /// What is known of the live update so far.
-    pub fn timeline(&self) -> TimelineV2 {
-        TimelineV2 { frequency_hz: self.counter_hz, marks: known_marks(&self.marks) }
+    pub fn timeline(&self) -> TimelineV3 {
+        TimelineV3 { frequency_hz: self.counter_hz, marks: known_marks(&self.marks) }
     }
 }
 
@@ -274,7 +274,7 @@ mod tests {
     }
 
     fn memory(ranges: u64) -> Memory {
-        let timeline = TimelineV2 { frequency_hz: 1000, marks: vec![(Phase::PauseAsked, 5), (Phase::InitReached, 9)] };
+        let timeline = TimelineV3 { frequency_hz: 1000, marks: vec![(Phase::PauseAsked, 5), (Phase::InitReached, 9)] };
         Memory::new(&timeline, (0..ranges).map(|index| RamFile { token: 0x100 + index, size: 4096 }).collect())
     }
 

@@ -127,7 +127,7 @@ pub fn words(event: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use kho_abi::document::timeline::TimelineV2;
+    use kho_abi::document::timeline::TimelineV3;
 
     use super::*;
 
@@ -155,7 +155,7 @@ mod tests {
         let (counter, realtime_ns) = clock::read(ClockId::Realtime);
         let index = |ahead: u64| IndexV2 {
             clock: Some(ClockV1 { counter, realtime_ns: realtime_ns + ahead }),
-            timeline: TimelineV2::new(frequency),
+            timeline: TimelineV3::new(frequency),
             ..IndexV2::default()
         };
         let right = settle(&index(0), true);

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::Instant;
 
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use serde_json::{Map, Value, json};
 
 /// Takes back what is on a terminal's current line.
@@ -82,6 +82,12 @@ impl Report {
         });
     }
 
+    /// Something that is no phase: for programs the event, for people the text.
+    pub fn event(&mut self, event: Value, text: &str) {
+        let ms = self.elapsed_ms();
+        self.line(if self.json { event.to_string() } else { format!("{ms:>9.1} ms  {text}") });
+    }
+
     /// How it ended: for programs the result, for people the text, which may have several lines or none.
     pub fn result(&mut self, result: Value, text: &str) {
         if self.json {
@@ -115,9 +121,9 @@ fn milliseconds(value: f64) -> f64 {
 }
 
 /// A timeline for programs: `phases` (name to milliseconds since the phase before), `marks`, `counter_hz`, `blackout_ms`.
-pub fn timeline_fields(timeline: Option<&TimelineV2>) -> Map<String, Value> {
+pub fn timeline_fields(timeline: Option<&TimelineV3>) -> Map<String, Value> {
     let phases: Map<String, Value> = timeline
-        .map(TimelineV2::phases)
+        .map(TimelineV3::phases)
         .unwrap_or_default()
         .into_iter()
         .map(|(phase, ms)| (phase.name().to_owned(), json!(milliseconds(ms))))
@@ -129,7 +135,7 @@ pub fn timeline_fields(timeline: Option<&TimelineV2>) -> Map<String, Value> {
     fields.insert("phases".to_owned(), phases.into());
     fields.insert("marks".to_owned(), marks.into());
     fields.insert("counter_hz".to_owned(), json!(timeline.map(|timeline| timeline.frequency_hz)));
-    fields.insert("blackout_ms".to_owned(), json!(timeline.and_then(TimelineV2::blackout_ms).map(milliseconds)));
+    fields.insert("blackout_ms".to_owned(), json!(timeline.and_then(TimelineV3::blackout_ms).map(milliseconds)));
     fields
 }
 
@@ -145,7 +151,7 @@ pub fn with_fields(base: Value, more: Map<String, Value>) -> Value {
 }
 
 /// A timeline for people: a line per phase, and the blackout.
-pub fn timeline_text(timeline: &TimelineV2) -> String {
+pub fn timeline_text(timeline: &TimelineV3) -> String {
     let mut text = String::new();
     for (phase, ms) in timeline.phases() {
         text.push_str(&format!("  {:<18} {ms:>10.1} ms\n", phase.name()));
@@ -186,7 +192,7 @@ mod tests {
 
     #[test]
     fn timeline_is_told_with_every_phase_and_the_blackout() {
-        let mut timeline = TimelineV2::new(1_000_000);
+        let mut timeline = TimelineV3::new(1_000_000);
         timeline.mark(Phase::PauseAsked, 1_000);
         timeline.mark(Phase::VcpusStopped, 1_500);
         timeline.mark(Phase::FirstInstruction, 3_001_000);

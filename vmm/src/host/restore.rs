@@ -188,6 +188,10 @@ fn words(event: &Value) -> Option<String> {
         "phase" => line(format!("{}: {}", text("vm"), text("phase"))),
         "clock" => line(clock::words(event)),
         "attempt-failed" => line(format!("{}: attempt {} failed: {}", text("vm"), event["attempt"], text("reason"))),
+        "frames" => line(match event["result"].as_str() {
+            Some("same") => format!("{}: its memory is where it was, neither copied nor moved", text("vm")),
+            _ => format!("{}: where its memory is: {}", text("vm"), text("reason")),
+        }),
         "running" => line(match event["blackout_ms"].as_f64() {
             Some(blackout) => format!("{}: runs again, after {blackout:.1} ms", text("vm")),
             None => format!("{}: runs again", text("vm")),

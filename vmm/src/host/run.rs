@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
-use kho_abi::document::timeline::TimelineV2;
+use kho_abi::document::timeline::TimelineV3;
 use rustix::io::FdFlags;
 
 use crate::arch;
@@ -69,7 +69,7 @@ fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u
         }
     };
     tell(Event::MachineBuilt);
-    let started = vm.run(Box::new(move |timeline: &TimelineV2| {
+    let started = vm.run(Box::new(move |timeline: &TimelineV3| {
         // From here on the guest counts as running. A supervisor that cannot hear this is dead, and with it all claim to
         // start this VM again, so the guest runs in either case.
         if let Err(error) = channel::tell(&channel, &Event::FirstInstruction { marks: marks(&timeline.marks) }) {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use kho_abi::document::index::{ClockV1, IndexV2};
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use rustix::time::ClockId;
 use serde_json::{Value, json};
 
@@ -25,6 +25,7 @@ use self::check::{Checked, check};
 use self::index::IndexFile;
 use self::worker::{Command, Done, Worker};
 use super::kexec::LoadedKernel;
+use super::proof::{Map, NoMapError, Source};
 use super::report::{self, Report, timeline_fields, with_fields};
 use super::signals::{self, Signals};
 use crate::arch;
@@ -119,6 +120,8 @@ struct Update<'arguments> {
     index_file: Option<IndexFile>,
     kernel: Option<LoadedKernel>,
     device: Option<Arc<luo::Device>>,
+    /// What the proof reads.
+    proof: Option<Source>,
     /// Keeps the VMs from thawing by themselves.
     lease: Option<OwnedFd>,
     checked: check::Files,
@@ -137,7 +140,7 @@ impl<'arguments> Update<'arguments> {
     ) -> anyhow::Result<Self> {
         let Checked { files, device, frequency_hz, vms, locks } = checked;
         let generation = vms.iter().map(|vm| vm.status.generation).max().unwrap_or_default() + 1;
-        let mut timeline = TimelineV2::new(frequency_hz);
+        let mut timeline = TimelineV3::new(frequency_hz);
         timeline.mark(Phase::UpdateStarted, started);
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let mut workers = Vec::new();
@@ -159,6 +162,7 @@ impl<'arguments> Update<'arguments> {
             index: IndexV2 { generation, kernel, timeline, clock: None, vms: Vec::new() },
             index_file: None,
             kernel: None,
+            proof: None,
             device: Some(Arc::new(device)),
             lease: None,
             checked: files,
@@ -170,8 +174,15 @@ impl<'arguments> Update<'arguments> {
     fn carry_out(&mut self) -> anyhow::Result<()> {
         self.load()?;
         self.prepare()?;
+        self.prove("guests run")?;
         self.sync()?;
         self.freeze()?;
+        if self.arguments.prove {
+            self.prove("guests are paused")?;
+        }
+        if self.arguments.digest {
+            self.digest()?;
+        }
         self.hand_over()?;
         if self.arguments.rehearse {
             return Ok(());
@@ -184,7 +195,7 @@ impl<'arguments> Update<'arguments> {
         self.report.doing("loading the next kernel");
         let check::Files { kernel, initrd, command_line } = &self.checked;
         self.kernel = Some(LoadedKernel::load(kernel, initrd.as_ref(), command_line)?);
-        let image = self.arguments.kernel.display();
+        let image = self.arguments.next.kernel.display();
         self.reached(Phase::ImageLoaded, &format!("next kernel loaded: {image}"));
         self.fault("update.image-loaded")
     }
@@ -223,6 +234,68 @@ impl<'arguments> Update<'arguments> {
         self.fault("update.prepared")
     }
 
+    /// Looks for every page of the guests' memory in the kernel's own map of what it would hand over. Where the kernel does not
+    /// show that map, an update goes on without a proof, unless one is asked for.
+    fn prove(&mut self, when: &str) -> anyhow::Result<()> {
+        self.phase = "prove";
+        if self.workers.is_empty() {
+            return Ok(());
+        }
+        self.report.doing("looking for the guests' memory in the kernel's map");
+        let start = Instant::now();
+        let map = match self.map() {
+            Ok(map) => Arc::new(map),
+            Err(error) if self.arguments.prove => return Err(error.into()),
+            Err(error) => {
+                let reason = chain(&error);
+                let event = json!({"event": "proof", "result": "none", "reason": reason});
+                self.report.event(event, &format!("not proven that the guests' memory is preserved: {reason}"));
+                return Ok(());
+            }
+        };
+        for worker in &self.workers {
+            worker.tell(Command::Prove(Arc::clone(&map)));
+        }
+        let mut all = 0;
+        self.collect(self.arguments.timeout, |update, number, done| {
+            if let (Done::Proven(proven), Some(entry)) = (done, &mut update.workers[number].entry) {
+                all += proven.pages;
+                entry.frames = Some(proven.frames);
+            }
+        })?;
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        let event = json!({"event": "proof", "result": "proven", "pages": all, "when": when, "ms": ms});
+        let text = format!(
+            "proven: all {all} pages of the guests' memory are preserved, none is in scratch ({ms:.0} ms, {when})"
+        );
+        self.report.event(event, &text);
+        Ok(())
+    }
+
+    /// Reads the kernel's map. It is looked for once, outside the pause.
+    fn map(&mut self) -> Result<Map, NoMapError> {
+        match &self.proof {
+            Some(source) => source.map(),
+            None => self.proof.insert(Source::find()?).map(),
+        }
+    }
+
+    /// Takes the checksum of the guests' memory, which is complete and stands still now.
+    fn digest(&mut self) -> anyhow::Result<()> {
+        self.phase = "digest";
+        for worker in &self.workers {
+            worker.tell(Command::Digest);
+        }
+        self.collect(self.arguments.timeout, |update, number, done| {
+            if let (Done::Digested { content, counter }, Some(entry)) = (done, &mut update.workers[number].entry) {
+                entry.content = Some(content);
+                entry.marks.mark(Phase::MemoryDigested, counter);
+            }
+        })?;
+        self.report.phase(Phase::MemoryDigested, arch::counter(), "the checksum of all memory is taken");
+        Ok(())
+    }
+
     /// kexec forgets the page cache, and reboot(2) does not write it back.
     fn sync(&mut self) -> anyhow::Result<()> {
         self.phase = "sync";
@@ -259,7 +332,6 @@ impl<'arguments> Update<'arguments> {
                 marks.into_iter().for_each(|(phase, counter)| entry.marks.mark(phase, counter));
             }
         })?;
-        self.index.vms = self.workers.iter().filter_map(|worker| worker.entry.clone()).collect();
         if !self.workers.is_empty() {
             let text = format!("{} guest(s) paused, documents written and found complete", self.workers.len());
             self.report.phase(Phase::DocumentWritten, arch::counter(), &text);
@@ -269,6 +341,7 @@ impl<'arguments> Update<'arguments> {
 
     fn hand_over(&mut self) -> anyhow::Result<()> {
         self.phase = "hand over";
+        self.index.vms = self.workers.iter().filter_map(|worker| worker.entry.clone()).collect();
         self.reached(Phase::Preserved, "all is preserved");
         self.write_index()?;
         self.fault("update.preserved")?;

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use kho_abi::document::header;
-use kho_abi::document::index::{IndexEntryV1, IndexV2};
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::index::{IndexEntryV2, IndexV2};
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::{names, tokens};
 use serde_json::{Value, json};
 
@@ -23,11 +23,13 @@ use crate::cli::{LogArgs, status};
 use crate::control::interface::{RamFile, known_marks};
 use crate::control::server::chain;
 use crate::control::socket::{RunDir, SocketError, WorkLock};
-use crate::fault;
+use crate::fault::{self, Action};
 use crate::handover::channel::{Handover, Memory};
 use crate::handover::luo::{Device, IncomingSession, LuoError};
 use crate::host::clock;
+use crate::host::digest::digest;
 use crate::host::kept::KeptVm;
+use crate::host::proof::{self, Frames, ProofError};
 use crate::host::report::{timeline_fields, with_fields};
 
 /// How often a VM is started before it is kept.
@@ -62,7 +64,9 @@ struct HandedOver {
 /// How it went with one VM.
 struct Outcome {
     attempts: u32,
-    timeline: TimelineV2,
+    timeline: TimelineV3,
+    /// Whether its memory is where it was, in a word; None where the old kernel did not show where that is.
+    frames: Option<&'static str>,
     result: Result<(), Kept>,
 }
 
@@ -167,7 +171,7 @@ impl Supervisor<'_> {
         begun: Instant,
         index: &IndexV2,
         sessions: Vec<Result<IncomingSession, LuoError>>,
-        timeline: &TimelineV2,
+        timeline: &TimelineV3,
     ) -> Vec<Outcome> {
         let (sender, inbox) = mpsc::channel();
         let mut outcomes: Vec<Option<Outcome>> = index.vms.iter().map(|_| None).collect();
@@ -186,6 +190,7 @@ impl Supervisor<'_> {
                     generation: index.generation,
                     timeline,
                     attempts: 0,
+                    frames: None,
                     events: sender.clone(),
                 };
                 // In a slot, as a closure that finds no thread to run it would take the session with it, and the session
@@ -227,7 +232,7 @@ fn carry_out(slot: &Slot<'_>, number: usize, sender: &Sender<Message>) {
 }
 
 /// How it went.
-fn result(index: &IndexV2, timeline: &TimelineV2, outcomes: &[Outcome]) -> Value {
+fn result(index: &IndexV2, timeline: &TimelineV3, outcomes: &[Outcome]) -> Value {
     let vms: Vec<Value> = index
         .vms
         .iter()
@@ -239,7 +244,7 @@ fn result(index: &IndexV2, timeline: &TimelineV2, outcomes: &[Outcome]) -> Value
             };
             let base = json!({
                 "name": vm.name, "state": state, "reason": reason, "attempts": outcome.attempts,
-                "document_bytes": vm.document_bytes,
+                "document_bytes": vm.document_bytes, "frames": outcome.frames,
             });
             with_fields(base, timeline_fields(Some(&outcome.timeline)))
         })
@@ -272,10 +277,11 @@ struct Work<'a> {
     log: LogArgs,
     detached: bool,
     begun: Instant,
-    vm: &'a IndexEntryV1,
+    vm: &'a IndexEntryV2,
     generation: u64,
-    timeline: TimelineV2,
+    timeline: TimelineV3,
     attempts: u32,
+    frames: Option<&'static str>,
     events: Sender<Message>,
 }
 
@@ -305,7 +311,7 @@ impl Work<'_> {
                 tracing::error!(%error, vm = self.vm.name, "cannot leave a note that this VM is kept");
             }
         }
-        Outcome { attempts: self.attempts, timeline: self.timeline, result }
+        Outcome { attempts: self.attempts, timeline: self.timeline, frames: self.frames, result }
     }
 
     fn restore(&mut self, session: IncomingSession) -> Result<(), Kept> {
@@ -321,6 +327,17 @@ impl Work<'_> {
             "event": "phase", "phase": Phase::FilesRetrieved.name(),
             "counter": self.timeline.counter(Phase::FilesRetrieved),
         }));
+        if fault::requested("restore.memory-retrieved", Some(&self.vm.name)) == Some(Action::Flip)
+            && let Some((memory, size)) = self.ram(&files).next()
+            && let Err(error) = fault::spoil(memory, size)
+        {
+            tracing::error!(%error, "cannot spoil the memory");
+        }
+        if let Some(content) = self.vm.content
+            && let Err(reason) = self.check_digest(content, &files)
+        {
+            return Err(Kept { reason, _session: Some(session), _files: Some(files) });
+        }
         let mut reason = String::new();
         for attempt in 1..=ATTEMPTS {
             self.attempts = attempt;
@@ -329,6 +346,7 @@ impl Work<'_> {
             });
             reason = match started.map(|process| self.try_once(process, &files)) {
                 Ok(Ok(())) => {
+                    self.compare_frames(&files);
                     self.finish(session);
                     return Ok(());
                 }
@@ -379,6 +397,50 @@ impl Work<'_> {
         }
         self.tell(json!({"event": "running", "attempt": self.attempts, "blackout_ms": self.timeline.blackout_ms()}));
         Ok(())
+    }
+
+    /// Whether the memory is what it was when the guest was frozen: nothing has run in it yet.
+    fn check_digest(&mut self, content: u64, files: &Files) -> Result<(), String> {
+        let found = digest(self.ram(files)).map_err(|error| format!("its memory cannot be read: {error}"))?;
+        self.timeline.mark(Phase::DigestChecked, arch::counter());
+        self.tell(json!({
+            "event": "phase", "phase": Phase::DigestChecked.name(),
+            "counter": self.timeline.counter(Phase::DigestChecked),
+        }));
+        match found == content {
+            true => Ok(()),
+            false => {
+                Err(format!("its memory is not what it was: its checksum was {content:#018x} and is {found:#018x}"))
+            }
+        }
+    }
+
+    fn ram<'a>(&self, files: &'a Files) -> impl Iterator<Item = (&'a OwnedFd, u64)> {
+        files.ram.iter().zip(self.vm.ram.iter().map(|(_, size)| *size).collect::<Vec<_>>())
+    }
+
+    /// Whether the memory is where it was. The guest runs meanwhile, whom that does not concern.
+    fn compare_frames(&mut self, files: &Files) {
+        let Some(before) = self.vm.frames else { return };
+        let begun = Instant::now();
+        let look = || {
+            let mut frames = Frames::default();
+            for (file, size) in self.ram(files) {
+                frames.add(&proof::frames(file, size)?);
+            }
+            Ok(frames.checksum())
+        };
+        let found: Result<u64, ProofError> = look();
+        let (word, reason) = match found {
+            Ok(after) if after == before => ("same", None),
+            Ok(_) => ("moved", Some("the next kernel has it in other frames".to_owned())),
+            Err(error) => ("unknown", Some(chain(&error))),
+        };
+        if let Some(reason) = &reason {
+            tracing::warn!(vm = self.vm.name, "where its memory is: {reason}");
+        }
+        self.frames = Some(word);
+        self.tell(json!({"event": "frames", "result": word, "reason": reason, "took_ms": elapsed_ms(begun)}));
     }
 
     /// The VM runs, and has its memory open itself: the handover is over.

@@ -7,19 +7,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::arch;
-use crate::cli::UpdateArgs;
+use crate::cli::{NextKernelArgs, UpdateArgs};
 use crate::control::client::{Client, ClientError};
 use crate::control::interface::{MachineState, MachineStatus};
 use crate::control::socket::{RunDir, SocketError, WorkLock};
 use crate::handover::luo::{Device, LuoError};
+use crate::host::check::{Finding, NAMES, Verdict, machines, next_kernel, this_host};
 use crate::host::kept::KeptVm;
 use crate::host::restore;
 
 /// How long to wait while another process uses `/dev/liveupdate`, which takes it moments.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(3);
-
-/// What the next kernel's command line must say, or it will not look for what is handed over.
-const NEEDED: [&str; 2] = ["kho", "liveupdate"];
 
 /// Why an update is refused.
 #[derive(Debug, thiserror::Error)]
@@ -37,24 +35,21 @@ pub enum CheckError {
     /// No command line was given.
     #[error("the next kernel has no command line")]
     NoCommandLine,
-    /// The next kernel would ignore what is handed over.
-    #[error(
-        "the next kernel's command line does not contain {parameter}=on: it would not look for what is handed over, \
-             and all guests would be lost"
-    )]
-    CommandLine {
-        /// The missing parameter.
-        parameter: &'static str,
+    /// A check fails, and is not forced.
+    #[error("{}: {}", finding.check, finding.found)]
+    Failed {
+        /// The check.
+        finding: Finding,
+    },
+    /// There is nothing of that name to force.
+    #[error("{name} is no check that could be forced")]
+    UnknownCheck {
+        /// The name.
+        name: String,
     },
     /// The command line cannot be passed on.
     #[error("the next kernel's command line contains a NUL")]
     CommandLineNul,
-    /// No KVM.
-    #[error("cannot open /dev/kvm")]
-    Kvm {
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
     /// VMs of the last update are still kept.
     #[error("VM {names} of the last live update is not restored, its memory is kept by process {pid}")]
     Kept {
@@ -101,8 +96,8 @@ impl CheckError {
             Self::NoCommandLine => {
                 "--reuse-cmdline gives it that of the running kernel, --append one of its own".to_owned()
             }
-            Self::CommandLine { .. } => "add `kho=on liveupdate=on` to --append".to_owned(),
-            Self::Kvm { .. } => "load the module kvm_intel or kvm_amd, and run vmm as root".to_owned(),
+            Self::Failed { finding } => return finding.help.clone(),
+            Self::UnknownCheck { .. } => format!("there are {}", NAMES.join(", ")),
             Self::Kept { .. } => {
                 "`vmm list` tells the reasons; a further update would lose that memory, so it is refused until the \
                  process that keeps it has ended"
@@ -154,10 +149,14 @@ pub struct Checked {
 
 /// Checks all that can be known beforehand.
 pub fn check(dir: &RunDir, arguments: &UpdateArgs) -> Result<Checked, CheckError> {
-    let kernel = open("image", &arguments.kernel)?;
-    let initrd = arguments.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
-    let command_line = command_line(arguments)?;
-    kvm_ioctls::Kvm::new().map_err(|source| CheckError::Kvm { source })?;
+    if let Some(name) = arguments.force.iter().find(|name| !NAMES.contains(&name.as_str())) {
+        return Err(CheckError::UnknownCheck { name: name.clone() });
+    }
+    refuse(next_kernel::check(&arguments.next), &arguments.force)?;
+    let kernel = open("image", &arguments.next.kernel)?;
+    let initrd = arguments.next.initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+    let command_line = command_line(&arguments.next)?;
+    refuse(this_host::settings(), &arguments.force)?;
     arch::await_counter_calibration();
     let frequency_hz = arch::counter_frequency();
     dir.create()?;
@@ -184,6 +183,7 @@ pub fn check(dir: &RunDir, arguments: &UpdateArgs) -> Result<Checked, CheckError
         }
     }
     let vms = candidates(dir, arguments.timeout)?;
+    refuse(machines::check(dir), &arguments.force)?;
     let files = Files { kernel, initrd, command_line };
     Ok(Checked { files, device, frequency_hz, vms, locks: Locks { _update: update, _restore: restore } })
 }
@@ -197,7 +197,18 @@ fn open(what: &'static str, path: &Path) -> Result<File, CheckError> {
     Ok(file)
 }
 
-fn command_line(arguments: &UpdateArgs) -> Result<CString, CheckError> {
+/// Stops at what `vmm check` would call not ok, in its words.
+fn refuse(findings: Vec<Finding>, forced: &[String]) -> Result<(), CheckError> {
+    for finding in findings.into_iter().filter(|finding| finding.verdict == Verdict::Failure) {
+        if !forced.iter().any(|name| name == finding.check) {
+            return Err(CheckError::Failed { finding });
+        }
+        tracing::warn!(check = finding.check, "forced, although {}", finding.found);
+    }
+    Ok(())
+}
+
+fn command_line(arguments: &NextKernelArgs) -> Result<CString, CheckError> {
     let text = match &arguments.append {
         Some(text) => text.clone(),
         None if arguments.reuse_cmdline => {
@@ -211,9 +222,6 @@ fn command_line(arguments: &UpdateArgs) -> Result<CString, CheckError> {
         }
         None => return Err(CheckError::NoCommandLine),
     };
-    if let Some(parameter) = NEEDED.into_iter().find(|parameter| !is_on(&text, parameter)) {
-        return Err(CheckError::CommandLine { parameter });
-    }
     CString::new(text).map_err(|_| CheckError::CommandLineNul)
 }
 
@@ -221,13 +229,6 @@ fn command_line(arguments: &UpdateArgs) -> Result<CString, CheckError> {
 fn reusable(text: &str) -> String {
     let words = text.split_whitespace().filter(|word| !word.starts_with("BOOT_IMAGE="));
     words.collect::<Vec<_>>().join(" ")
-}
-
-/// Whether a kernel parameter is switched on; the last mention counts, and none after `--` does.
-fn is_on(command_line: &str, parameter: &str) -> bool {
-    let words = command_line.split_whitespace().take_while(|word| *word != "--");
-    let values = words.filter_map(|word| word.split_once('=')).filter(|(name, _)| *name == parameter);
-    values.last().is_some_and(|(_, value)| matches!(value, "on" | "1" | "y" | "Y"))
 }
 
 /// Every VM of this host takes part: one that did not would die with the kernel.
@@ -256,26 +257,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parameter_counts_as_the_kernel_counts_it() {
-        for line in ["kho=on", "quiet kho=on x=y", "kho=off kho=on", "kho=1"] {
-            assert!(is_on(line, "kho"), "{line}");
-        }
-        for line in ["", "kho", "kho=off", "kho=on kho=off", "xkho=on", "kho=one", "-- kho=on"] {
-            assert!(!is_on(line, "kho"), "{line}");
-        }
-    }
-
-    #[test]
     fn reused_command_line_says_nothing_of_the_boot_loader() {
         assert_eq!(reusable("BOOT_IMAGE=/boot/vmlinuz root=/dev/vda1  kho=on\n"), "root=/dev/vda1 kho=on");
     }
 
     fn arguments(append: Option<&str>) -> UpdateArgs {
         UpdateArgs {
-            kernel: PathBuf::from("/nonexistent"),
-            initrd: None,
-            append: append.map(str::to_owned),
-            reuse_cmdline: false,
+            next: NextKernelArgs {
+                kernel: PathBuf::from("/nonexistent"),
+                initrd: None,
+                append: append.map(str::to_owned),
+                reuse_cmdline: false,
+            },
+            force: Vec::new(),
+            prove: false,
+            digest: false,
             timeout: Duration::from_secs(1),
             prepare_timeout: Duration::from_secs(1),
             rehearse: false,
@@ -284,15 +280,32 @@ mod tests {
     }
 
     #[test]
-    fn command_line_without_handover_is_refused() {
-        assert!(matches!(command_line(&arguments(None)), Err(CheckError::NoCommandLine)));
-        for (line, missing) in [("quiet", "kho"), ("kho=on", "liveupdate"), ("liveupdate=on", "kho")] {
-            match command_line(&arguments(Some(line))) {
-                Err(CheckError::CommandLine { parameter }) => assert_eq!(parameter, missing),
-                other => panic!("{other:?}"),
+    fn only_what_is_forced_is_let_through() {
+        let findings = || next_kernel::check(&arguments(Some("quiet")).next);
+        let failed = |names: &[&str]| {
+            let forced: Vec<String> = names.iter().map(ToString::to_string).collect();
+            match refuse(findings(), &forced) {
+                Err(CheckError::Failed { finding }) => finding.check,
+                Err(error) => panic!("{error}"),
+                Ok(()) => "nothing",
             }
-        }
-        assert!(command_line(&arguments(Some("kho=on liveupdate=on"))).is_ok());
+        };
+        assert_eq!(failed(&[]), "next-kernel");
+        assert_eq!(failed(&["next-kernel"]), "next-cmdline");
+        assert_eq!(failed(&["next-kernel", "next-cmdline"]), "nothing");
+        assert!(findings().iter().all(|finding| NAMES.contains(&finding.check)));
+    }
+
+    #[test]
+    fn what_is_forced_must_be_a_check() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        fs::write(&image, "").unwrap();
+        let mut arguments = arguments(Some("quiet"));
+        (arguments.next.kernel, arguments.force) = (image, vec!["all".to_owned()]);
+        let refused = check(&RunDir::at(folder.path()), &arguments).err().unwrap();
+        assert!(matches!(&refused, CheckError::UnknownCheck { name } if name == "all"));
+        assert!(refused.help().is_some_and(|help| help.contains("next-cmdline")));
     }
 
     #[test]
@@ -300,7 +313,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::at(&folder.path().join("vmm"));
         let refused = check(&dir, &arguments(Some("kho=on liveupdate=on"))).err().unwrap();
-        assert!(matches!(refused, CheckError::Unreadable { what: "image", .. }));
+        assert!(matches!(&refused, CheckError::Failed { finding } if finding.check == "next-kernel"), "{refused}");
+        assert!(refused.to_string().contains("/nonexistent"), "{refused}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

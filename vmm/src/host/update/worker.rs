@@ -9,14 +9,17 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use kho_abi::document::header;
-use kho_abi::document::index::IndexEntryV1;
-use kho_abi::document::timeline::{Phase, TimelineV2};
+use kho_abi::document::index::IndexEntryV2;
+use kho_abi::document::timeline::{Phase, TimelineV3};
 
 use super::check::Candidate;
+use crate::arch;
 use crate::control::client::{Client, ClientError, Watch};
 use crate::control::interface::{MachineState, known_marks};
 use crate::fault::{self, Action};
 use crate::handover::luo::{Device, OutgoingSession};
+use crate::host::digest::digest;
+use crate::host::proof::{Map, Proven};
 
 /// How often a worker with nothing to do looks whether its VM is still there.
 const LOOK: Duration = Duration::from_millis(20);
@@ -39,6 +42,10 @@ pub enum Command {
         /// How long the VM may take.
         limit: Duration,
     },
+    /// Show that all of its memory is in the map of what is handed over.
+    Prove(Arc<Map>),
+    /// Take the checksum of all of its memory.
+    Digest,
     /// Let the guest run on, then give its files up.
     Undo,
 }
@@ -46,13 +53,22 @@ pub enum Command {
 /// What a worker has done.
 pub enum Done {
     /// The VM is ready and its files are preserved. The entry's document is yet to come.
-    Prepared(IndexEntryV1),
+    Prepared(IndexEntryV2),
     /// The guest is paused, its document is written and was found complete.
     Frozen {
         /// The document's size.
         document_bytes: u64,
         /// When it happened.
         marks: Vec<(Phase, u64)>,
+    },
+    /// All of its memory is preserved.
+    Proven(Proven),
+    /// Its memory has this checksum.
+    Digested {
+        /// The checksum.
+        content: u64,
+        /// When it was known.
+        counter: u64,
     },
     /// The VM was told to run on, with this outcome.
     Thawed(Result<(), ClientError>),
@@ -67,7 +83,7 @@ pub struct Worker {
     /// Whether it is still there.
     pub watch: Watch,
     /// What the index will say about it, once it is prepared.
-    pub entry: Option<IndexEntryV1>,
+    pub entry: Option<IndexEntryV2>,
     commands: Sender<Command>,
 }
 
@@ -105,7 +121,8 @@ struct Work {
 struct Preserved {
     _session: OutgoingSession,
     state: OwnedFd,
-    _ram: Vec<OwnedFd>,
+    /// With the sizes.
+    ram: Vec<(OwnedFd, u64)>,
 }
 
 impl Work {
@@ -121,6 +138,8 @@ impl Work {
                     self.client.set_limit(limit);
                     tell(self.freeze(generation));
                 }
+                Ok(Command::Prove(map)) => tell(self.prove(&map)),
+                Ok(Command::Digest) => tell(self.digest()),
                 Ok(Command::Undo) => {
                     // A guest waits for nothing: it runs on before its files are given up, which takes longer.
                     tell(Ok(Done::Thawed(self.thaw())));
@@ -147,18 +166,25 @@ impl Work {
         let session = device.create_session(&session_name)?;
         session.preserve(prepared.state_token, state.as_fd())?;
         for (range, file) in prepared.ram.iter().zip(&ram_files) {
-            session.preserve(range.token, file.as_fd())?;
+            // As if it had been forgotten: no session would know that it is a guest's memory.
+            if fault::requested("update.memory-preserved", Some(&self.name)) != Some(Action::Flip) {
+                session.preserve(range.token, file.as_fd())?;
+            }
         }
-        let entry = IndexEntryV1 {
+        let entry = IndexEntryV2 {
             name: self.name.clone(),
             session: session.name().to_owned(),
             state_token: prepared.state_token,
             // Until it is known: what the largest would have, so that a draft of the index is no smaller than the index.
             document_bytes: header::CAP as u64,
             ram: prepared.ram.iter().map(|range| (range.token, range.size)).collect(),
-            marks: TimelineV2::new(self.frequency_hz),
+            marks: TimelineV3::new(self.frequency_hz),
+            frames: None,
+            content: None,
         };
-        self.preserved = Some(Preserved { _session: session, state, _ram: ram_files });
+        let sizes = prepared.ram.iter().map(|range| range.size);
+        let ram = ram_files.into_iter().zip(sizes).collect();
+        self.preserved = Some(Preserved { _session: session, state, ram });
         Ok(Done::Prepared(entry))
     }
 
@@ -172,9 +198,23 @@ impl Work {
         header::open(&document).context("its document is incomplete")?;
         fault::at_vm("update.checked", Some(&self.name))?;
         if fault::requested("update.checked", Some(&self.name)) == Some(Action::Flip) {
-            spoil(&state, document_bytes)?;
+            fault::spoil(&preserved.state, document_bytes)?;
         }
         Ok(Done::Frozen { document_bytes, marks: known_marks(&frozen.marks) })
+    }
+
+    fn prove(&self, map: &Map) -> Result<Done, anyhow::Error> {
+        Ok(Done::Proven(map.prove(self.ram()?)?))
+    }
+
+    fn digest(&self) -> Result<Done, anyhow::Error> {
+        let content = digest(self.ram()?).context("its memory cannot be read")?;
+        Ok(Done::Digested { content, counter: arch::counter() })
+    }
+
+    fn ram(&self) -> Result<impl Iterator<Item = (&OwnedFd, u64)>, anyhow::Error> {
+        let preserved = self.preserved.as_ref().context("it has nothing that is preserved")?;
+        Ok(preserved.ram.iter().map(|(file, size)| (file, *size)))
     }
 
     /// Only a VM that was asked to prepare has anything to take back, but it does no harm to ask.
@@ -188,11 +228,4 @@ impl Work {
             other => other,
         }
     }
-}
-
-/// Changes one bit in the middle of a document that was written, as bad memory would.
-fn spoil(state: &std::fs::File, document_bytes: u64) -> io::Result<()> {
-    let (mut byte, middle) = ([0], document_bytes / 2);
-    state.read_exact_at(&mut byte, middle)?;
-    state.write_all_at(&[byte[0] ^ 1], middle)
 }
