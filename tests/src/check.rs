@@ -2,9 +2,10 @@
 use crate::architecture::Architecture;
 use crate::cargo::{Target, cargo};
 use crate::debian::{self, Release};
+use crate::fuzz;
 use crate::products::{self, BUILT, ORACLE, Products};
-use crate::run;
 use crate::setup::{self, tools};
+use crate::{paths, run};
 use anyhow::{Context, Result};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -49,7 +50,10 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
         architectures.iter().try_for_each(|&architecture| setup::run(architecture))?;
         tools::ensure_components()
     })?;
-    steps.take("format", || run::loudly(cargo().args(["fmt", "--all", "--check"])))?;
+    steps.take("format", || {
+        run::loudly(cargo().args(["fmt", "--all", "--check"]))?;
+        run::loudly(cargo().args(["fmt", "--check", "--manifest-path"]).arg(fuzz::manifest()))
+    })?;
     steps.take("lints", || lints(architectures, &foreign))?;
     steps.take("licences, sources, versions", deny)?;
     steps.take("documentation", || {
@@ -70,6 +74,10 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
     steps.take("examples in the documentation", || {
         run::loudly(cargo().args(["test", "--quiet", "--workspace", "--doc"]))
     })?;
+    if full {
+        steps.take("lints of the fuzz targets", fuzz::lints)?;
+        steps.take(format!("fuzz targets, {} s each", fuzz::SECONDS), || fuzz::all(&[], fuzz::SECONDS))?;
+    }
     steps.show();
     println!("== tests");
     tests(architectures, full, runner, &["--workspace"], &[])
@@ -122,7 +130,11 @@ fn document(command: &mut Command) -> Result<()> {
 
 fn deny() -> Result<()> {
     tools::ensure("deny")?;
-    run::loudly(cargo().args(["deny", "--log-level", "warn", "check", "bans", "licenses", "sources"]))?;
+    let what = ["bans", "licenses", "sources"];
+    run::loudly(cargo().args(["deny", "--log-level", "warn", "check"]).args(what))?;
+    let mut fuzzed = cargo();
+    fuzzed.args(["deny", "--log-level", "warn", "--manifest-path"]).arg(fuzz::manifest());
+    run::loudly(fuzzed.arg("--config").arg(paths::workspace().join("deny.toml")).arg("check").args(what))?;
     match run::quietly(cargo().args(["deny", "--log-level", "warn", "fetch", "db"])) {
         Ok(_) => {
             println!("checking advisories too");

@@ -11,6 +11,7 @@ pub mod check;
 pub mod debian;
 pub mod demo;
 pub mod emulator;
+pub mod fuzz;
 pub mod guests;
 pub mod host;
 pub mod image;

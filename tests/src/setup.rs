@@ -63,6 +63,13 @@ pub fn for_images(architecture: Architecture) -> Result<()> {
     bring(architecture, needs(architecture)?, needs)
 }
 
+/// Makes this machine ready for fuzzing: libFuzzer is built from its sources. Quick when it is ready already.
+pub fn for_fuzzing() -> Result<()> {
+    let needs = |_| Ok(missing(&[("c++", "g++")], "to build libFuzzer"));
+    let native = Architecture::native()?;
+    bring(native, needs(native)?, needs)
+}
+
 /// What runs programs of another architecture, when it is missing.
 fn user_emulator(architecture: Architecture) -> Option<Need> {
     let (emulator, package) = architecture.user_emulator();

@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tests::architecture::{Accelerator, Architecture};
-use tests::{bench, check, debian, demo, kernels, products::Products, setup};
+use tests::{bench, check, debian, demo, fuzz, kernels, products::Products, setup};
 
 /// Developer's commands of kho-vmm. Each does its own set-up: on Debian as root it installs what is missing, elsewhere it
 /// says what is missing and changes nothing.
@@ -40,7 +40,7 @@ enum Command {
         /// Architecture of the host, or all of them [default: this machine's]
         #[arg(long, value_parser = selection())]
         arch: Option<&'static [Architecture]>,
-        /// Also what takes long: every test and every release of Debian on every architecture, and larger numbers
+        /// Also what takes long: fuzzing, every test and every release of Debian on every architecture, and larger numbers
         #[arg(long)]
         full: bool,
     },
@@ -54,6 +54,14 @@ enum Command {
         full: bool,
         /// Only tests whose names contain one of these
         filters: Vec<String>,
+    },
+    /// Fuzz what decodes the files and the memory of others, each target for some seconds
+    Fuzz {
+        /// How long each target runs
+        #[arg(long, default_value_t = fuzz::SECONDS)]
+        seconds: u32,
+        /// Only these targets
+        targets: Vec<String>,
     },
     /// Measure what a live update takes with more and more vCPUs, phase by phase
     Bench {
@@ -108,6 +116,7 @@ fn run(command: Command) -> Result<bool> {
         }
         Command::Test { arch, full } => check::all(&chosen(arch)?, full).map(|()| true),
         Command::E2e { arch, full, filters } => check::end_to_end(&chosen(arch)?, full, &filters).map(|()| true),
+        Command::Fuzz { seconds, targets } => fuzz::all(&targets, seconds).map(|()| true),
         Command::Bench { arch } => {
             let architecture = arch.map_or_else(native, Ok)?;
             setup::run(architecture)?;
