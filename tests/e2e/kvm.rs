@@ -1,4 +1,4 @@
-//! The monitor's unit tests in the lab's host: those that need the kernel's own KVM can run nowhere else.
+//! The monitor's unit tests in the lab's host: those that need the kernel's own KVM, or its page map, can run nowhere else.
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use tests::architecture::Architecture;
