@@ -66,6 +66,8 @@ fn moments(guest: &Running) -> &[Moment] {
 }
 
 fn await_moments(host: &mut Host, guest: &mut Running, more: usize) -> Result<()> {
+    // What it has said until now, be it unread: it went on for a while after an update had begun.
+    guest.log.read_on()?;
     let goal = moments(guest).len() + more;
     host.wait_until("the guest's clocks", PATIENCE, |_| {
         guest.log.read_on()?;
