@@ -97,6 +97,7 @@ fn takes_memory_back_by_itself(host: &mut Host) -> Result<()> {
 /// Waits until the guest has filled so much memory so many more times, and found there what it had put there.
 fn await_fills(host: &mut Host, guest: &mut Running, more: u64) -> Result<()> {
     let fills = |guest: &Running| guest.log.loads.get("memory").map_or(0, |load| load.beats);
+    guest.log.read_on()?;
     let goal = fills(guest) + more;
     while fills(guest) < goal {
         guest.await_beats(host, 1)?;
