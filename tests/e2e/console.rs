@@ -85,8 +85,9 @@ fn dropped_bytes(host: &mut Host, name: &str) -> Result<u64> {
         .with_context(|| format!("the status does not tell what was dropped: {status}"))
 }
 
-/// The numbers of a speaker's signs of life.
+/// The numbers of a speaker's signs of life, but for a last line that is not whole: whoever detaches may do so in the midst of a number.
 fn beats(text: &str, by: Speaker) -> Vec<u64> {
+    let (text, _) = text.rsplit_once('\n').unwrap_or_default();
     let number = |line| match Line::parse(line)? {
         Line::Beat { n, speaker, .. } if speaker == by => Some(n),
         _ => None,
