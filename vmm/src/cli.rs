@@ -222,7 +222,7 @@ pub struct UpdateArgs {
     /// What it is to be replaced by
     #[command(flatten)]
     pub next: NextKernelArgs,
-    /// Go on although this check of the next kernel fails, as `vmm check` names it. Can be given more than once
+    /// Go on although this check fails, as `vmm check` names it. Can be given more than once
     ///
     /// What it is about is told by `vmm check`. Where the check is right, guests are lost: with another version of any of the formats the
     /// next kernel does not find them, without KVM it cannot run them, and a VM whose disk has gone cannot be restored.

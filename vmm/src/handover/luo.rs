@@ -158,7 +158,7 @@ impl Device {
             match source.raw_os_error() {
                 Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => return Err(LuoError::Absent),
                 Some(libc::EBUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
-                Some(libc::EBUSY) => return Err(LuoError::Busy { holder: holder(), patience }),
+                Some(libc::EBUSY) => return Err(LuoError::Busy { holder: holder_in_words(), patience }),
                 _ => return Err(LuoError::Open { source }),
             }
         }
@@ -190,24 +190,21 @@ impl Device {
     }
 }
 
-/// Who has the device open, as far as /proc tells.
-fn holder() -> String {
-    let holds = |process: &fs::DirEntry| {
-        let files = fs::read_dir(process.path().join("fd")).ok()?;
-        files
-            .flatten()
-            .any(|file| fs::read_link(file.path()).is_ok_and(|path| path.as_os_str() == DEVICE))
-            .then_some(())
-    };
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let found = processes.filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit)).find_map(
-        |process| {
-            holds(&process)?;
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            Some(format!("process {} ({})", process.file_name().display(), name.trim()))
-        },
-    );
-    found.unwrap_or_else(|| "a process that /proc does not show".to_owned())
+/// Who has the device open, as far as /proc tells: the process and its name.
+pub fn holder() -> Option<(u32, String)> {
+    fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
+        let pid = process.file_name().to_str()?.parse().ok()?;
+        let mut files = fs::read_dir(process.path().join("fd")).ok()?.flatten();
+        files.find(|file| fs::read_link(file.path()).is_ok_and(|path| path.as_os_str() == DEVICE))?;
+        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        Some((pid, name.trim().to_owned()))
+    })
+}
+
+/// The same in words.
+fn holder_in_words() -> String {
+    let words = |(pid, name)| format!("process {pid} ({name})");
+    holder().map_or_else(|| "a process that /proc does not show".to_owned(), words)
 }
 
 /// A session to be handed to the next kernel. Dropping it gives up all that was put into it.

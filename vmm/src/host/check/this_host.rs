@@ -2,15 +2,13 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use super::Finding;
 use crate::control::socket::RunDir;
+use crate::handover::luo::{self, DEVICE};
 use crate::host::inspect;
 use crate::host::kept::KeptVm;
 use crate::host::report;
-
-const DEVICE: &str = "/dev/liveupdate";
 
 /// What a file of the kernel's says.
 type Check = fn(&str) -> Finding;
@@ -78,7 +76,8 @@ fn device() -> Finding {
     match fs::File::options().read(true).write(true).open(DEVICE) {
         Ok(_) => Finding::ok(CHECK, format!("{DEVICE} is free")),
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            let by = holders().map_or_else(|| "another process".to_owned(), |(pid, name)| format!("{name} ({pid})"));
+            let by =
+                luo::holder().map_or_else(|| "another process".to_owned(), |(pid, name)| format!("{name} ({pid})"));
             let help = "it is needed for moments only: look who holds it for longer, and why";
             Finding::failure(CHECK, format!("{DEVICE} is in use by {by}"), help)
         }
@@ -91,18 +90,6 @@ fn device() -> Finding {
             Finding::failure(CHECK, format!("cannot open {DEVICE}: {error}"), "run vmm as root; `dmesg` tells more")
         }
     }
-}
-
-/// Who has the device open.
-fn holders() -> Option<(u32, String)> {
-    let processes = fs::read_dir("/proc").ok()?.flatten();
-    processes.into_iter().find_map(|process| {
-        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
-        let mut files = fs::read_dir(process.path().join("fd")).ok()?.flatten();
-        files.find(|file| fs::read_link(file.path()).is_ok_and(|path| path == Path::new(DEVICE)))?;
-        let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-        Some((pid, name.trim().to_owned()))
-    })
 }
 
 fn kexec(text: &str) -> Finding {
