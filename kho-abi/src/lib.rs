@@ -25,7 +25,7 @@
 //! it once the header is cut off. Every record says in `compatible` what it is and in which version:
 //!
 //! ```text
-//! / {                                  compatible = "kho-vmm,vm-v2"   name, architecture, generation
+//! / {                                  compatible = "kho-vmm,vm-v3"   name, architecture, generation, paused
 //!     config { }                       what the operator asked for
 //!     memory { range@0 { } ... }       gpa, size, token and offset of each RAM range
 //!     platform { }                     interrupt controllers, timers, clock

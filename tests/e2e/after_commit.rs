@@ -7,9 +7,8 @@ use tests::link::SHARE;
 use tests::operator::{self, Update};
 
 on_each_architecture![
-    a_vm_whose_process_is_killed_before_its_first_instruction_is_started_again_from_the_same_memory,
-    a_vm_whose_process_always_dies_is_kept_and_the_other_runs,
-    a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_runs,
+    a_vm_whose_process_always_dies_is_kept_until_somebody_tries_again_and_the_other_runs,
+    a_vm_with_a_flipped_byte_in_its_document_is_kept_until_it_is_given_up_and_the_other_runs,
     nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so
 ];
 on_one_architecture! { aarch64, an_update_that_nobody_has_finished_is_finished_before_another }
@@ -20,38 +19,43 @@ fn two_oracles(host: &mut Host) -> Result<[Running; 2]> {
     Ok(guests)
 }
 
-fn a_vm_whose_process_is_killed_before_its_first_instruction_is_started_again_from_the_same_memory(
+fn a_vm_whose_process_always_dies_is_kept_until_somebody_tries_again_and_the_other_runs(
     architecture: Architecture,
 ) -> Result<()> {
-    Host::with(HostConfig::new("killed-once", architecture, 1024)?, |host| {
-        let mut guests = two_oracles(host)?;
-        let update = Update { append: "KHO_VMM_FAULT=vm.machine-built/first=kill@1", ..Update::default() };
-        let restored = operator::live_update_of_all(host, Side::Newer, &update)?;
-        ensure!(restored.vm("first")?.attempts == 2 && restored.vm("second")?.attempts == 1, "{restored:?}");
-        await_beats(host, &mut guests, 3)
-    })
-}
-
-fn a_vm_whose_process_always_dies_is_kept_and_the_other_runs(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("killed-always", architecture, 1024)?, |host| {
-        let [first, mut second] = two_oracles(host)?;
-        let update = Update { append: "KHO_VMM_FAULT=vm.machine-built/first=kill", ..Update::default() };
+        let [mut first, mut second] = two_oracles(host)?;
+        let faults = [1, 2, 3, 4, 5, 6].map(|attempt| format!("vm.machine-built/first=kill@{attempt}")).join(",");
+        let append = format!("KHO_VMM_FAULT={faults}");
+        let update = Update { append: &append, ..Update::default() };
         let (restored, ended) = operator::live_update(host, Side::Newer, &update)?;
         ensure!(ended.code == Some(operator::KEPT) && restored.result == "kept", "{ended}");
         let vm = restored.vm("first")?;
         ensure!(vm.state == "kept" && vm.attempts == 3 && vm.reason.is_some(), "{vm:?}");
         second.await_beats(host, 3)?;
         expect_kept(host, "first")?;
-        first.check_unharmed()
+        // Whatever kills it is not mended yet.
+        let said = host.run(&["vmm", "restore", "first", "--json"])?;
+        ensure!(said.code == Some(operator::KEPT) && said.stdout.contains("6 attempts"), "{said}");
+        let said = host.run(&["vmm", "stop", "first"])?;
+        ensure!(said.code == Some(1) && said.stderr.contains("vmm discard first"), "{said}");
+        expect_rescue(host, "first", true)?;
+        expect_kept(host, "first")?;
+        host.run(&["vmm", "restore", "first"])?.success()?;
+        await_beats(host, std::slice::from_mut(&mut first), 2)?;
+        // Now nobody keeps anything, and the next update finds both.
+        let said = host.run(&["vmm", "restore", "first"])?;
+        ensure!(said.code == Some(1) && said.stderr.contains("no VM is kept"), "{said}");
+        operator::live_update_of_all(host, Side::Older, &Update::default())?;
+        await_beats(host, &mut [first, second], 2)
     })
 }
 
-fn a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_runs(
+fn a_vm_with_a_flipped_byte_in_its_document_is_kept_until_it_is_given_up_and_the_other_runs(
     architecture: Architecture,
 ) -> Result<()> {
     Host::with(HostConfig::new("flipped", architecture, 1024)?, |host| {
         let [first, mut second] = two_oracles(host)?;
-        let env = [("KHO_VMM_FAULT", "update.checked/first=flip")];
+        let env = [("KHO_VMM_FAULT", "update.document-written/first=flip")];
         let (restored, ended) = operator::live_update(host, Side::Newer, &Update { env: &env, ..Update::default() })?;
         ensure!(ended.code == Some(operator::KEPT) && restored.result == "kept", "{ended}");
         let vm = restored.vm("first")?;
@@ -60,7 +64,16 @@ fn a_vm_with_a_flipped_byte_in_its_document_is_refused_and_kept_and_the_other_ru
         ensure!(vm.attempts <= 1, "a document that can never be accepted was tried again: {vm:?}");
         second.await_beats(host, 3)?;
         expect_kept(host, "first")?;
-        first.check_unharmed()
+        expect_rescue(host, "first", false)?;
+        first.check_unharmed()?;
+        host.run(&["vmm", "discard", "first"])?.success()?;
+        host.wait_until("the host to be ready for another update", PATIENCE, |host| {
+            let said = host.run(&["vmm", "check"])?;
+            Ok((said.code == Some(0) && !said.stdout.contains("first")).then_some(()))
+        })?;
+        let names = operator::list(host)?;
+        ensure!(names.len() == 1 && names[0]["name"] == "second", "{names:?}");
+        second.await_beats(host, 1)
     })
 }
 
@@ -124,5 +137,20 @@ fn expect_kept(host: &mut Host, name: &str) -> Result<()> {
     let shared = memory.lines().find_map(|line| line.strip_prefix("Shmem:")).context("no Shmem in meminfo")?;
     let kilobytes: u64 = shared.split_whitespace().next().context("Shmem is empty")?.parse()?;
     ensure!(kilobytes >= 128 << 10, "{kilobytes} KiB of shared memory are too few for two guests of 64 MiB");
+    Ok(())
+}
+
+/// All that is left of it can be written to a disk.
+fn expect_rescue(host: &mut Host, name: &str, with_document: bool) -> Result<()> {
+    let file = format!("/run/{name}.core");
+    let said = host.run(&["vmm", "rescue", name, "--to", &file, "--json"])?.success()?;
+    let result = operator::result_line(&said.stdout)?;
+    ensure!(result["memory_bytes"] == 64 << 20 && result["document_error"].is_null() == with_document, "{said}");
+    let counted = host.run(&["wc", "-c", &file])?.success()?.stdout;
+    let size: u64 = counted.split_whitespace().next().context("nothing was counted")?.parse()?;
+    ensure!(size > 64 << 20, "{size} bytes are less than the guest's memory");
+    let again = host.run(&["vmm", "rescue", name, "--to", &file])?;
+    ensure!(again.code == Some(1) && again.stderr.contains("is there already"), "{again}");
+    host.run(&["rm", &file])?.success()?;
     Ok(())
 }

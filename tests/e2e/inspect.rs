@@ -108,7 +108,7 @@ fn it_is_proven_that_the_guests_memory_is_preserved_and_found_when_it_is_not(arc
         ensure!(found.len() == 2 && found.iter().all(|proof| proof["pages"] == pages), "{said}");
         eprintln!("{found:?}");
         // One of two guests has not a single page in the handover.
-        let said = update(host, "update.memory-preserved/second=flip", &["--rehearse"])?;
+        let said = update(host, "update.prepared/second=flip", &["--rehearse"])?;
         ensure!(
             said.code == Some(1) && said.stderr.contains("second") && said.stderr.contains("is not preserved"),
             "{said}"
@@ -124,7 +124,7 @@ fn it_is_proven_that_the_guests_memory_is_preserved_and_found_when_it_is_not(arc
             ensure!(taken.iter().all(|ms| *ms > 0.0), "the checksum is no phase: {vm:?}");
         }
         await_beats(host, &mut guests, 2)?;
-        let append = "KHO_VMM_FAULT=restore.memory-retrieved/second=flip";
+        let append = "KHO_VMM_FAULT=restore.files-retrieved/second=flip";
         let update = Update { append, options, ..Update::default() };
         let (restored, _) = operator::live_update(host, Side::Older, &update)?;
         let second = restored.vm("second")?;

@@ -46,6 +46,7 @@ mod console;
 mod debian;
 mod disks;
 mod endings;
+mod faults;
 mod generations;
 mod inspect;
 mod kvm;

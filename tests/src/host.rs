@@ -401,6 +401,11 @@ impl Host {
         self.output(process, "out")
     }
 
+    /// What a program has said on its standard error stream so far.
+    pub fn stderr(&self, process: &Process) -> Result<String> {
+        self.output(process, "err")
+    }
+
     fn output(&self, process: &Process, stream: &str) -> Result<String> {
         let path = self.local(&format!("{}.{stream}", process.output));
         let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;

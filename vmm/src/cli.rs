@@ -116,7 +116,7 @@ pub enum Command {
     /// Preserves the memory of all VMs while they run, pauses them, and boots the next kernel by kexec. Whatever goes
     /// wrong before that is undone, and all guests run on. Under the next kernel, `vmm restore --all` brings them back.
     Update(UpdateArgs),
-    /// Bring back the VMs that the last kernel handed over
+    /// Bring back the VMs that the last kernel handed over, or try again with one that could not be
     Restore(RestoreArgs),
     /// List the VMs of this host
     List(JsonArg),
@@ -135,12 +135,22 @@ pub enum Command {
     Resume(NameArg),
     /// End a VM, as if its power were cut
     Stop(NameArg),
+    /// Write the memory and the document of a VM that could not be restored to a file
+    ///
+    /// The file is an ELF core dump: a segment for each range of the guest's memory, at its physical address, and the document as a
+    /// note of `kho-vmm`. What is zero takes no room on the disk. The VM is kept as before.
+    Rescue(RescueArgs),
+    /// Give up a VM that could not be restored: its memory is lost, and the host has it back
+    Discard(NameArg),
     /// Ask a VM's guest to give back so much of its memory
     ///
     /// The guest does so as far as it can, and takes memory back by itself before it runs out of it. Memory goes back to the host
     /// in whole pieces of 2 MiB, so that it may be less than the guest does without. `vmm status` shows both. The VM must have
     /// been started with --balloon.
     Balloon(BalloonArgs),
+    /// List the faults that tests can ask for
+    #[command(hide = true)]
+    Faults,
 }
 
 /// `vmm run`.
@@ -228,6 +238,11 @@ pub struct UpdateArgs {
     /// next kernel does not find them, without KVM it cannot run them, and a VM whose disk has gone cannot be restored.
     #[arg(long, value_name = "CHECK")]
     pub force: Vec<String>,
+    /// Leave this VM behind: it is paused before the others, and ends with this kernel. Can be given more than once
+    ///
+    /// Should the update fail, it runs on as all others do.
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
+    pub skip: Vec<String>,
     /// Seconds that each phase may take before all is undone
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub timeout: Duration,
@@ -256,9 +271,13 @@ pub struct UpdateArgs {
 
 /// `vmm restore`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("which").args(["name", "all"]).required(true)))]
 pub struct RestoreArgs {
+    /// One VM that could not be restored before, after what was in the way is mended
+    #[arg(value_parser = vm_name)]
+    pub name: Option<String>,
     /// All VMs that were handed over
-    #[arg(long, required = true)]
+    #[arg(long)]
     pub all: bool,
     /// Report in JSON, one object per line
     #[arg(long)]
@@ -268,10 +287,10 @@ pub struct RestoreArgs {
     /// The new kernel's clock comes from a real-time clock that knows seconds only. Unless this is given, or a time service keeps
     /// the clock already, it is set to what the old kernel's said plus what the counter has counted, where it is off by more
     /// than 10 ms.
-    #[arg(long)]
+    #[arg(long, requires = "all")]
     pub no_set_clock: bool,
     /// Do the work in this process, for a service manager, instead of in one of its own
-    #[arg(long)]
+    #[arg(long, requires = "all")]
     pub foreground: bool,
     /// Be the process that does the work (used by `vmm restore`)
     #[arg(long, hide = true, conflicts_with = "foreground")]
@@ -365,6 +384,20 @@ pub struct NameArg {
     /// Name of the VM
     #[arg(value_parser = vm_name)]
     pub name: String,
+}
+
+/// `vmm rescue`.
+#[derive(Debug, Args)]
+pub struct RescueArgs {
+    /// Name of the VM
+    #[arg(value_parser = vm_name)]
+    pub name: String,
+    /// The file, which must not be there yet
+    #[arg(long, value_name = "FILE")]
+    pub to: PathBuf,
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `vmm balloon`.

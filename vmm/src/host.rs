@@ -10,6 +10,7 @@ pub mod kexec;
 pub mod memory_shortage;
 pub mod proof;
 pub mod report;
+pub mod rescue;
 pub mod restore;
 pub mod run;
 pub mod signals;

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::vcpu::VcpuState;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
@@ -141,11 +141,12 @@ impl Machine {
     /// Puts back what a document holds, in an order that is safe: what vCPUs share and depend on, the vCPUs, what depends on them,
     /// the devices that interrupt them.
     /// `frequency` is the raw counter's in Hz.
-    pub fn restore(&mut self, vcpus: &mut [Vcpu], document: &MachineV2, frequency: u64) -> Result<(), MachineError> {
-        let MachineV2 {
+    pub fn restore(&mut self, vcpus: &mut [Vcpu], document: &MachineV3, frequency: u64) -> Result<(), MachineError> {
+        let MachineV3 {
             name: _,
             architecture: _,
             generation: _,
+            paused: _,
             config: _,
             ram: _,
             platform,
@@ -207,11 +208,12 @@ impl Machine {
     }
 
     /// The document of this machine. vCPUs and devices must stand still.
-    pub fn save(&self, generation: u64, vcpus: Vec<VcpuState>) -> Result<MachineV2, MachineError> {
-        Ok(MachineV2 {
+    pub fn save(&self, generation: u64, paused: bool, vcpus: Vec<VcpuState>) -> Result<MachineV3, MachineError> {
+        Ok(MachineV3 {
             name: self.config.name.clone(),
             architecture: arch::NAME.to_owned(),
             generation,
+            paused,
             config: persist::config_record(&self.config),
             ram: self.ram.ranges().to_vec(),
             platform: self.platform.save(&self.vm)?,

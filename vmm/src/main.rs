@@ -7,6 +7,7 @@ mod clock;
 mod config;
 mod control;
 mod device;
+mod elf;
 mod fault;
 mod handover;
 mod host;
@@ -64,6 +65,12 @@ fn run(command: Command, log: LogArgs, started: u64) -> anyhow::Result<u8> {
         Command::Pause(arguments) => host::verbs::pause(&dir, &arguments.name),
         Command::Resume(arguments) => host::verbs::resume(&dir, &arguments.name),
         Command::Stop(arguments) => host::verbs::stop(&dir, &arguments.name),
+        Command::Rescue(arguments) => host::rescue::rescue(&dir, &arguments),
+        Command::Discard(arguments) => host::verbs::discard(&dir, &arguments.name),
+        Command::Faults => {
+            host::report::print_json(&fault::to_json());
+            Ok(status::DONE)
+        }
         Command::Balloon(arguments) => host::verbs::balloon(&dir, &arguments.name, arguments.size),
     }
 }

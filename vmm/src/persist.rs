@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use kho_abi::document::device::SERIAL_BACKLOG_MAX;
 use kho_abi::document::header;
-use kho_abi::document::machine::{ConfigV2, MachineV2};
+use kho_abi::document::machine::{ConfigV2, MachineV3};
 use kho_abi::document::{DocumentError, EncodeError};
 
 use crate::config::device::DeviceConfigError;
@@ -80,7 +80,7 @@ impl StateFile {
     }
 
     /// Writes the document and returns its size in bytes.
-    pub fn write(&self, document: &MachineV2) -> Result<u64, PersistError> {
+    pub fn write(&self, document: &MachineV3) -> Result<u64, PersistError> {
         let bytes = document.to_bytes()?;
         if bytes.len() > self.capacity {
             return Err(PersistError::TooLarge { document: bytes.len(), capacity: self.capacity });
@@ -105,7 +105,7 @@ impl StateFile {
 }
 
 /// Reads and decodes the document in a memfd that another process or kernel has left. Tells its size in bytes, too.
-pub fn read(file: impl AsFd) -> Result<(MachineV2, u64), PersistError> {
+pub fn read(file: impl AsFd) -> Result<(MachineV3, u64), PersistError> {
     // One byte more than a document may have is enough to see that it is too long.
     let mut bytes = vec![0; header::CAP + 1];
     let mut read = 0;
@@ -116,7 +116,7 @@ pub fn read(file: impl AsFd) -> Result<(MachineV2, u64), PersistError> {
             Err(errno) => return Err(PersistError::File { operation: "read", source: errno.into() }),
         }
     }
-    let document = MachineV2::from_bytes(&bytes[..read])?;
+    let document = MachineV3::from_bytes(&bytes[..read])?;
     let size = header::length(&bytes[..read]).unwrap_or(read as u64);
     Ok((document, size))
 }
@@ -129,7 +129,7 @@ pub fn config_record(config: &MachineConfig) -> ConfigV2 {
 }
 
 /// The machine's shape, from the document.
-pub fn config(document: &MachineV2) -> Result<MachineConfig, PersistError> {
+pub fn config(document: &MachineV3) -> Result<MachineConfig, PersistError> {
     let ConfigV2 { cpus, memory, serial, devices } = &document.config;
     Ok(MachineConfig {
         name: document.name.clone(),

@@ -1,22 +1,14 @@
-//! A running VM, as its control socket sees it: a machine, its vCPUs' threads, and the state that says what may be done with it.
-//!
-//! ```text
-//!            pause              prepare               freeze
-//!   running ──────▶ paused   running|paused ──▶ prepared ──▶ frozen
-//!           ◀──────                ▲                │           │
-//!            resume                └──── thaw ◀─────┴───────────┘
-//!
-//!   any ──▶ ended: the guest ended, or the operator said stop
-//! ```
-//!
-//! Only the functions here move it, each under the one lock.
+//! A running VM, as its control socket sees it: a machine, its vCPUs' threads, and the [`lifecycle`] that says what may be done with
+//! it. Only the functions here move that, each under the one lock.
 
 mod balloon;
+mod lifecycle;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::tokens;
 use serde::Serialize;
@@ -25,16 +17,22 @@ use crate::arch::{self, ArchError};
 use crate::config::{MachineConfig, VmConfig};
 use crate::device::virtio::VirtioError;
 use crate::device::virtio::balloon::BalloonError;
-use crate::fault::{self, Action, InjectedFault};
+use crate::fault::{self, InjectedFault, Process};
 use crate::machine::{Machine, MachineError, Parts};
 use crate::memory::{MemoryError, Ram};
 use crate::persist::{self, PersistError, StateFile};
 use crate::vcpu::{BeforeRun, Vcpu, VcpuError, VcpuHandle};
+use lifecycle::{Event, Lifecycle, Next};
+
+/// How long a vCPU that has left the guest for good may take to say so.
+const SAYING: Duration = Duration::from_secs(1);
 
 /// What a VM is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
+    /// The machine is there, and has not run yet.
+    Built,
     /// The guest runs.
     Running,
     /// The operator has paused the guest.
@@ -51,6 +49,7 @@ impl State {
     /// In lower case.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Built => "built",
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Prepared => "prepared",
@@ -151,7 +150,7 @@ pub struct Frozen {
 
 /// A VM of which all but its memory has arrived: its document is decoded, and what its devices need of this host is open.
 pub struct Arriving {
-    document: MachineV2,
+    document: MachineV3,
     document_bytes: u64,
     parts: Parts,
 }
@@ -180,8 +179,9 @@ impl Arriving {
         let (mut machine, mut vcpus) = Machine::new(parts, ram, Some(&document.vcpus))?;
         machine.restore(&mut vcpus, &document, timeline.frequency_hz)?;
         timeline.mark(Phase::MachineBuilt, arch::counter());
-        let vm = Vm::assemble(machine, vcpus, document.generation, document_bytes, Some(timeline))?;
-        fault::at("vm.machine-built")?;
+        let lifecycle = if document.paused { Lifecycle::paused() } else { Lifecycle::new() };
+        let vm = Vm::assemble(machine, vcpus, lifecycle, document.generation, document_bytes, Some(timeline))?;
+        fault::at(Process::Vm, Phase::MachineBuilt, None)?;
         Ok(vm)
     }
 }
@@ -208,21 +208,19 @@ pub struct Status {
 }
 
 struct Control {
-    state: State,
-    /// Whether the operator wants the guest to run, whatever an update does with it meanwhile.
-    wanted: Wanted,
-    started: bool,
+    lifecycle: Lifecycle,
     state_file: Option<StateFile>,
-    ending: Option<Ending>,
     generation: u64,
     document_bytes: u64,
     timeline: Option<TimelineV3>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Wanted {
-    Running,
-    Paused,
+impl Control {
+    /// Where an event leads, or why it is forbidden.
+    fn after(&self, event: Event) -> Result<Next, VmError> {
+        let forbidden = || VmError::State { operation: event.wish(), state: self.lifecycle.state() };
+        self.lifecycle.after(event).ok_or_else(forbidden)
+    }
 }
 
 struct Inner {
@@ -243,26 +241,18 @@ impl Vm {
         let ram = Ram::create(&config.name, config.memory).map_err(MachineError::from)?;
         let (machine, vcpus) = Machine::new(parts, ram, None)?;
         machine.boot(&config, &vcpus)?;
-        Self::assemble(machine, vcpus, 0, 0, None)
+        Self::assemble(machine, vcpus, Lifecycle::new(), 0, 0, None)
     }
 
     fn assemble(
         machine: Machine,
         vcpus: Vec<Vcpu>,
+        lifecycle: Lifecycle,
         generation: u64,
         document_bytes: u64,
         timeline: Option<TimelineV3>,
     ) -> Result<Self, VmError> {
-        let control = Control {
-            state: State::Paused,
-            wanted: Wanted::Running,
-            started: false,
-            state_file: None,
-            ending: None,
-            generation,
-            document_bytes,
-            timeline,
-        };
+        let control = Control { lifecycle, state_file: None, generation, document_bytes, timeline };
         let mut failed = None;
         let inner = Arc::new_cyclic(|inner: &Weak<Inner>| {
             let mut handles = Vec::new();
@@ -286,14 +276,12 @@ impl Vm {
         }
     }
 
-    /// Lets the guest run for the first time in this process. `before_first_run` is called right before any vCPU enters the guest,
+    /// Lets the guest run for the first time in this process, unless it was paused before a live update. `before_first_run` is called right before any vCPU enters the guest,
     /// with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory changes.
     pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV3) + Send>) -> Result<(), VmError> {
         self.0.machine.start_devices()?;
         let mut control = self.0.control();
-        if control.started {
-            return Err(VmError::State { operation: "start it twice", state: control.state });
-        }
+        let next = control.after(Event::Start)?;
         let restored = control.timeline.is_some();
         let inner = self.0.clone();
         let told = Arc::new(OnceLock::new());
@@ -309,8 +297,13 @@ impl Vm {
                 inner.control().timeline = Some(timeline);
             }
         });
-        control.started = true;
-        control.state = State::Running;
+        control.lifecycle.enter(next);
+        if !control.lifecycle.wants_to_run() {
+            // It is as its operator left it. All that is said before it runs is said now, as it may be long until it does.
+            drop(control);
+            before();
+            return Ok(());
+        }
         // The first vCPU tells, and the others must not have changed the memory before that is done.
         let await_told = || {
             let told = told.clone();
@@ -329,11 +322,16 @@ impl Vm {
     pub fn wait(&self) -> Ending {
         let mut control = self.0.control();
         loop {
-            if let Some(ending) = &control.ending {
+            if let Some(ending) = control.lifecycle.ending() {
                 return ending.clone();
             }
             control = self.0.ended.wait(control).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether it has ended by itself under a live update, which has not been told of it yet.
+    pub fn has_ended_prepared(&self) -> bool {
+        self.0.control().lifecycle.has_ended_prepared()
     }
 
     /// What it is doing.
@@ -342,7 +340,7 @@ impl Vm {
         let control = self.0.control();
         Status {
             name: name.clone(),
-            state: control.state,
+            state: control.lifecycle.state(),
             memory: *memory,
             cpus: *cpus,
             generation: control.generation,
@@ -355,29 +353,23 @@ impl Vm {
     /// Pauses the guest. Pausing a paused one changes nothing.
     pub fn pause(&self) -> Result<(), VmError> {
         let mut control = self.0.control();
-        match control.state {
-            State::Paused => Ok(()),
-            State::Running => {
-                self.0.stop_vcpus()?;
-                (control.state, control.wanted) = (State::Paused, Wanted::Paused);
-                Ok(())
-            }
-            state => Err(VmError::State { operation: "pause it", state }),
+        let next = control.after(Event::Pause)?;
+        if control.lifecycle.state() == State::Running {
+            self.0.stop_vcpus()?;
         }
+        control.lifecycle.enter(next);
+        Ok(())
     }
 
     /// Lets a paused guest run. Resuming a running one changes nothing.
     pub fn resume(&self) -> Result<(), VmError> {
         let mut control = self.0.control();
-        match control.state {
-            State::Running => Ok(()),
-            State::Paused if control.started => {
-                self.0.start_vcpus()?;
-                (control.state, control.wanted) = (State::Running, Wanted::Running);
-                Ok(())
-            }
-            state => Err(VmError::State { operation: "resume it", state }),
+        let next = control.after(Event::Resume)?;
+        if control.lifecycle.state() == State::Paused {
+            self.0.start_vcpus()?;
         }
+        control.lifecycle.enter(next);
+        Ok(())
     }
 
     /// Ends it, whatever it is doing.
@@ -388,10 +380,8 @@ impl Vm {
     /// Gets everything ready to be preserved while the guest runs on.
     pub fn prepare(&self) -> Result<Prepared, VmError> {
         let mut control = self.0.control();
-        match control.state {
-            State::Running | State::Paused => control.state = State::Prepared,
-            state => return Err(VmError::State { operation: "prepare it for a live update", state }),
-        }
+        let next = control.after(Event::Prepare)?;
+        control.lifecycle.enter(next);
         // Under the lock, as is the release: whoever finds the VM prepared finds its memory held.
         self.0.machine.ram().discards().hold();
         drop(control);
@@ -413,11 +403,11 @@ impl Vm {
             .try_clone()
             .map_err(|source| PersistError::File { operation: "duplicate the descriptor of", source })?;
         let ram = vec![(tokens::RAM_FIRST, machine.ram().size(), machine.ram_file()?)];
-        fault::at("vm.prepared")?;
+        fault::at(Process::Vm, Phase::Prepared, Some(&machine.config().name))?;
         let mut control = self.0.control();
-        match control.state {
+        match control.lifecycle.state() {
             State::Prepared => control.state_file = Some(state_file),
-            state => return Err(VmError::State { operation: "prepare it for a live update", state }),
+            state => return Err(VmError::State { operation: Event::Prepare.wish(), state }),
         }
         Ok(Prepared { state_token: tokens::STATE, state, ram })
     }
@@ -425,19 +415,29 @@ impl Vm {
     /// Makes the guest stand still and writes its document.
     pub fn freeze(&self, generation: u64) -> Result<Frozen, VmError> {
         let mut control = self.0.control();
-        let (State::Prepared, Some(state_file)) = (control.state, control.state_file.as_ref()) else {
-            return Err(VmError::State { operation: "freeze it", state: control.state });
+        let next = control.after(Event::Freeze)?;
+        let Some(state_file) = control.state_file.as_ref() else {
+            return Err(VmError::State { operation: Event::Freeze.wish(), state: control.lifecycle.state() });
         };
-        let frozen = self.0.freeze(state_file, generation, control.wanted);
+        let running = control.lifecycle.wants_to_run();
+        let frozen = self.0.freeze(state_file, generation, running);
         match frozen {
             Ok(frozen) => {
-                control.state = State::Frozen;
+                control.lifecycle.enter(next);
                 control.document_bytes = frozen.document_bytes;
                 Ok(frozen)
             }
             Err(error) => {
                 // What made the freeze fail says more than what may now fail because of it.
-                if let Err(error) = self.0.unfreeze(control.wanted) {
+                let unfrozen = self.0.unfreeze(running);
+                if let VmError::Vcpu(VcpuError::Ended { .. }) = &error {
+                    // The guest was quicker. Whoever asked is to find it ended, which its vCPU is about to say.
+                    drop(
+                        self.0
+                            .ended
+                            .wait_timeout_while(control, SAYING, |control| control.lifecycle.ending().is_none()),
+                    );
+                } else if let Err(error) = unfrozen {
                     tracing::error!(%error, "the guest cannot go on");
                 }
                 Err(error)
@@ -448,18 +448,16 @@ impl Vm {
     /// Goes back to what it was before it was prepared.
     pub fn thaw(&self) -> Result<(), VmError> {
         let mut control = self.0.control();
-        let before = control.state;
+        let next = control.after(Event::Thaw)?;
+        let before = control.lifecycle.state();
+        control.lifecycle.enter(next);
         if !matches!(before, State::Prepared | State::Frozen) {
             return Ok(());
         }
         control.state_file = None;
         self.0.machine.ram().discards().release();
-        control.state = match control.wanted {
-            Wanted::Running => State::Running,
-            Wanted::Paused => State::Paused,
-        };
         if before == State::Frozen {
-            self.0.unfreeze(control.wanted)?;
+            self.0.unfreeze(control.lifecycle.wants_to_run())?;
         }
         Ok(())
     }
@@ -472,9 +470,7 @@ impl Inner {
 
     fn end(&self, ending: Ending) {
         let mut control = self.control();
-        // The first ending counts: a guest that is stopped while it powers off has powered off.
-        control.ending.get_or_insert(ending);
-        control.state = State::Ended;
+        control.lifecycle.end(ending);
         self.ended.notify_all();
     }
 
@@ -496,14 +492,18 @@ impl Inner {
         Ok(())
     }
 
-    fn freeze(&self, state_file: &StateFile, generation: u64, wanted: Wanted) -> Result<Frozen, VmError> {
+    fn freeze(&self, state_file: &StateFile, generation: u64, running: bool) -> Result<Frozen, VmError> {
         let asked = arch::counter();
-        if wanted == Wanted::Running {
+        let fault = |phase| fault::at(Process::Vm, phase, Some(&self.machine.config().name));
+        fault(Phase::PauseAsked)?;
+        if running {
             self.stop_vcpus()?;
         }
         let stopped = arch::counter();
+        fault(Phase::VcpusStopped)?;
         self.machine.pause_devices()?;
         let devices_stopped = arch::counter();
+        fault(Phase::DevicesStopped)?;
         let mut answers = Vec::new();
         for vcpu in &self.vcpus {
             answers.push(vcpu.save()?);
@@ -512,13 +512,13 @@ impl Inner {
         for (answer, id) in answers.into_iter().zip(0..) {
             states.push(answer.recv().map_err(|_| VcpuError::Ended { id })??);
         }
-        let document = self.machine.save(generation, states)?;
+        let document = self.machine.save(generation, !running, states)?;
         let document_bytes = state_file.write(&document)?;
         let written = arch::counter();
-        if fault::requested("vm.document-written", Some(&document.name)) == Some(Action::Flip) {
+        if fault::is_flipped(Process::Vm, Phase::DocumentWritten, Some(&document.name)) {
             state_file.spoil(document_bytes)?;
         }
-        fault::at("vm.document-written")?;
+        fault(Phase::DocumentWritten)?;
         let marks = vec![
             (Phase::PauseAsked, asked),
             (Phase::VcpusStopped, stopped),
@@ -528,9 +528,9 @@ impl Inner {
         Ok(Frozen { document_bytes, marks })
     }
 
-    fn unfreeze(&self, wanted: Wanted) -> Result<(), VmError> {
+    fn unfreeze(&self, running: bool) -> Result<(), VmError> {
         self.machine.resume_devices();
-        if wanted == Wanted::Running {
+        if running {
             self.start_vcpus()?;
         }
         Ok(())
@@ -538,7 +538,7 @@ impl Inner {
 }
 
 /// The one memfd that holds all RAM, as this version writes documents.
-fn file_of_ranges(files: Vec<(u64, OwnedFd)>, document: &MachineV2) -> Result<OwnedFd, VmError> {
+fn file_of_ranges(files: Vec<(u64, OwnedFd)>, document: &MachineV3) -> Result<OwnedFd, VmError> {
     let mut files = files.into_iter();
     let (Some((token, file)), None) = (files.next(), files.next()) else {
         return Err(VmError::Files("exactly one memfd holds a VM's memory".to_owned()));

@@ -20,30 +20,6 @@ pub const RAM_RANGES_MAX: usize = 64;
 /// The most vCPUs of a VM. (The cap on the document's size is reached earlier by most.)
 pub const VCPUS_MAX: usize = 1024;
 
-/// What the operator asked for when the VM was first started, of a machine without virtio devices. Only read.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ConfigV1 {
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// Guest RAM in bytes.
-    pub memory: u64,
-    /// Where the serial port leads, in the words of the command line.
-    pub serial: String,
-}
-
-impl Record for ConfigV1 {
-    const COMPATIBLE: &'static str = "kho-vmm,config-v1";
-
-    fn encode(&self, node: Node) -> Node {
-        let Self { cpus, memory, serial } = self;
-        node.with_u32("cpus", *cpus).with_u64("memory", *memory).with_str("serial", serial)
-    }
-
-    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { cpus: reader.u32("cpus")?, memory: reader.u64("memory")?, serial: reader.string("serial")? })
-    }
-}
-
 /// What the operator asked for when the VM was first started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConfigV2 {
@@ -55,13 +31,6 @@ pub struct ConfigV2 {
     pub serial: String,
     /// The virtio devices by slot: each its kind, and behind a colon the words of the command line, where it has any.
     pub devices: Vec<String>,
-}
-
-impl From<ConfigV1> for ConfigV2 {
-    fn from(config: ConfigV1) -> Self {
-        let ConfigV1 { cpus, memory, serial } = config;
-        Self { cpus, memory, serial, devices: Vec::new() }
-    }
 }
 
 impl Record for ConfigV2 {
@@ -85,18 +54,20 @@ impl Record for ConfigV2 {
     }
 }
 
-/// What the root of a machine without virtio devices calls itself.
-const MACHINE_V1: &str = "kho-vmm,vm-v1";
+/// What the root of a machine calls itself that does not say whether its guest is paused: it runs.
+const MACHINE_V2: &str = "kho-vmm,vm-v2";
 
 /// A whole VM but the content of its RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MachineV2 {
+pub struct MachineV3 {
     /// The VM's name.
     pub name: String,
     /// The architecture it runs on, as `uname -m` says it.
     pub architecture: String,
     /// How many updates the VM has been through, this one included.
     pub generation: u64,
+    /// Whether the operator has paused the guest, so that it is not to run before somebody wants it to.
+    pub paused: bool,
     /// What the operator asked for.
     pub config: ConfigV2,
     /// Guest RAM.
@@ -111,11 +82,11 @@ pub struct MachineV2 {
     pub virtio: Vec<VirtioMmioV1>,
 }
 
-impl Record for MachineV2 {
-    const COMPATIBLE: &'static str = "kho-vmm,vm-v2";
+impl Record for MachineV3 {
+    const COMPATIBLE: &'static str = "kho-vmm,vm-v3";
 
     fn encode(&self, node: Node) -> Node {
-        let Self { name, architecture, generation, config, ram, platform, vcpus, serial, virtio } = self;
+        let Self { name, architecture, generation, paused, config, ram, platform, vcpus, serial, virtio } = self;
         let slots = virtio.iter().enumerate();
         let devices = Node::new(names::DEVICES)
             .with_child(serial.to_node(names::SERIAL))
@@ -123,6 +94,7 @@ impl Record for MachineV2 {
         node.with_str("name", name)
             .with_str("architecture", architecture)
             .with_u64("generation", *generation)
+            .with_u8("paused", (*paused).into())
             .with_child(to_node(names::CONFIG, config))
             .with_child(Node::new(names::MEMORY).with_children(ram.iter().map(RamRangeV1::to_node)))
             .with_child(platform.to_node())
@@ -130,22 +102,11 @@ impl Record for MachineV2 {
             .with_child(devices)
     }
 
-    /// What needs no host to be known wrong is refused here, so that whoever holds a `MachineV2` that was decoded need
+    /// What needs no host to be known wrong is refused here, so that whoever holds a `MachineV3` that was decoded need
     /// not ask again: ranges of whole pages that overlap neither in the guest nor in their memfds and add up to the
     /// memory asked for, as many vCPUs and devices as asked for, one architecture throughout.
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        decode_machine(
-            reader,
-            |reader, name| reader.child(name),
-            |devices, config: &ConfigV2| {
-                let virtio = decode_numbered(devices, names::VIRTIO)?;
-                if virtio.len() != config.devices.len() {
-                    let reason = format!("devices are {}, {} were asked for", virtio.len(), config.devices.len());
-                    return Err(devices.invalid("virtio", reason));
-                }
-                Ok(virtio)
-            },
-        )
+        decode_machine(reader, |reader| reader.flag("paused"))
     }
 }
 
@@ -161,19 +122,19 @@ pub(super) fn decode_numbered<R: Record>(reader: &mut Reader<'_>, prefix: &str) 
     })
 }
 
-/// Reads a machine of any version; `config` and `virtio` read what differs.
+/// Reads a machine of any version; `paused` reads what differs.
 fn decode_machine(
     reader: &mut Reader<'_>,
-    config: impl FnOnce(&mut Reader<'_>, &str) -> Result<ConfigV2, DecodeError>,
-    virtio: impl FnOnce(&mut Reader<'_>, &ConfigV2) -> Result<Vec<VirtioMmioV1>, DecodeError>,
-) -> Result<MachineV2, DecodeError> {
+    paused: impl FnOnce(&mut Reader<'_>) -> Result<bool, DecodeError>,
+) -> Result<MachineV3, DecodeError> {
     let name = reader.string("name")?;
     if !names::is_valid_vm_name(&name) {
         return Err(reader.invalid("name", "cannot be a VM's"));
     }
     let architecture = reader.string("architecture")?;
     let generation = reader.u64("generation")?;
-    let config = config(reader, names::CONFIG)?;
+    let paused = paused(reader)?;
+    let config: ConfigV2 = reader.child(names::CONFIG)?;
     let ram = reader.group(names::MEMORY, |memory| decode_ram(memory, config.memory))?;
     let platform = reader.group(names::PLATFORM, PlatformState::decode)?;
     if platform.architecture() != architecture {
@@ -184,19 +145,20 @@ fn decode_machine(
         return Err(reader.invalid("platform", format!("is not that of {} vCPUs", vcpus.len())));
     }
     let (serial, virtio) = reader.group(names::DEVICES, |devices| {
-        Ok((devices.group(names::SERIAL, SerialV2::decode_any)?, virtio(devices, &config)?))
+        let serial = devices.group(names::SERIAL, SerialV2::decode_any)?;
+        let virtio: Vec<VirtioMmioV1> = decode_numbered(devices, names::VIRTIO)?;
+        if virtio.len() != config.devices.len() {
+            let reason = format!("devices are {}, {} were asked for", virtio.len(), config.devices.len());
+            return Err(devices.invalid("virtio", reason));
+        }
+        Ok((serial, virtio))
     })?;
-    Ok(MachineV2 { name, architecture, generation, config, ram, platform, vcpus, serial, virtio })
+    Ok(MachineV3 { name, architecture, generation, paused, config, ram, platform, vcpus, serial, virtio })
 }
 
 /// Reads a machine of this version or the previous one.
-fn decode_any(reader: &mut Reader<'_>) -> Result<MachineV2, DecodeError> {
-    if reader.compatible()? == MACHINE_V1 {
-        let config = |reader: &mut Reader<'_>, name: &str| reader.child::<ConfigV1>(name).map(ConfigV2::from);
-        decode_machine(reader, config, |_, _| Ok(Vec::new()))
-    } else {
-        reader.record()
-    }
+fn decode_any(reader: &mut Reader<'_>) -> Result<MachineV3, DecodeError> {
+    if reader.compatible()? == MACHINE_V2 { decode_machine(reader, |_| Ok(false)) } else { reader.record() }
 }
 
 fn decode_ram(memory: &mut Reader<'_>, asked_for: u64) -> Result<Vec<RamRangeV1>, DecodeError> {
@@ -251,7 +213,7 @@ fn decode_vcpus(vcpus: &mut Reader<'_>, asked_for: u32, architecture: &str) -> R
     Ok(states)
 }
 
-impl MachineV2 {
+impl MachineV3 {
     /// The sealed document.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use kho_abi::document::index::IndexV2;
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::node::Node;
 use kho_abi::document::{DocumentError, HeaderError, fdt, header};
 use proptest::collection::vec;
@@ -19,7 +19,7 @@ static INDEX: LazyLock<Vec<u8>> = LazyLock::new(|| sample::index().to_bytes().un
 static GOLDEN: LazyLock<Vec<u8>> = LazyLock::new(|| sample::machine().to_bytes().unwrap());
 
 fn refuses_everything(bytes: &[u8]) -> bool {
-    MachineV2::from_bytes(bytes).is_err() && IndexV2::from_bytes(bytes).is_err() && fdt::read(bytes).is_err()
+    MachineV3::from_bytes(bytes).is_err() && IndexV2::from_bytes(bytes).is_err() && fdt::read(bytes).is_err()
 }
 
 /// `length` bytes that follow from `seed` (xorshift): far cheaper than a strategy for each byte.
@@ -78,7 +78,7 @@ fn a_truncation_at_any_length_is_refused() {
 fn a_body_truncated_at_any_length_before_it_was_sealed_is_refused() {
     let body = header::open(&SMALL).unwrap();
     for length in 0..body.len() {
-        let error = MachineV2::from_bytes(&header::seal(&body[..length]).unwrap()).unwrap_err();
+        let error = MachineV3::from_bytes(&header::seal(&body[..length]).unwrap()).unwrap_err();
         assert!(matches!(error, DocumentError::Body(_)), "{length} bytes: {error}");
     }
 }
@@ -87,10 +87,10 @@ fn a_body_truncated_at_any_length_before_it_was_sealed_is_refused() {
 fn zeros_behind_the_document_are_accepted_up_to_the_cap() {
     let mut bytes = GOLDEN.clone();
     bytes.resize(header::CAP, 0);
-    assert_eq!(MachineV2::from_bytes(&bytes).unwrap(), sample::machine());
+    assert_eq!(MachineV3::from_bytes(&bytes).unwrap(), sample::machine());
     bytes.push(0);
     let error = HeaderError::TooLarge { length: header::CAP + 1, cap: header::CAP };
-    assert_eq!(MachineV2::from_bytes(&bytes).unwrap_err(), DocumentError::Header(error));
+    assert_eq!(MachineV3::from_bytes(&bytes).unwrap_err(), DocumentError::Header(error));
 }
 
 proptest! {
@@ -101,7 +101,7 @@ proptest! {
         let mut bytes = SMALL.clone();
         bytes.resize(bytes.len() + TAIL, 0);
         bytes[at] ^= 1_u8 << bit;
-        prop_assert!(MachineV2::from_bytes(&bytes).is_err());
+        prop_assert!(MachineV3::from_bytes(&bytes).is_err());
     }
 
     #[test]
@@ -112,7 +112,7 @@ proptest! {
     #[test]
     fn random_bytes_in_a_good_seal_are_refused(seed: u64, length in 0..300_usize) {
         let sealed = header::seal(&random(seed, length)).unwrap();
-        prop_assert!(matches!(MachineV2::from_bytes(&sealed), Err(DocumentError::Body(_))));
+        prop_assert!(matches!(MachineV3::from_bytes(&sealed), Err(DocumentError::Body(_))));
     }
 
     /// Some of these are trees: those can be written again.
@@ -125,7 +125,7 @@ proptest! {
         if let Ok(node) = fdt::read(&bytes) {
             prop_assert_eq!(fdt::read(&fdt::write(&node).unwrap()).unwrap(), node);
         }
-        prop_assert!(MachineV2::from_bytes(&header::seal(&bytes).unwrap()).is_err());
+        prop_assert!(MachineV3::from_bytes(&header::seal(&bytes).unwrap()).is_err());
     }
 
     /// What a hostile writer can do: any change, under a checksum that is right. It may make another machine of it,
@@ -136,8 +136,8 @@ proptest! {
         for (at, byte) in changes {
             body[at] = byte;
         }
-        if let Ok(machine) = MachineV2::from_bytes(&header::seal(&body).unwrap()) {
-            prop_assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+        if let Ok(machine) = MachineV3::from_bytes(&header::seal(&body).unwrap()) {
+            prop_assert_eq!(MachineV3::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
         }
     }
 

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use kho_abi::document::index::IndexV2;
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::{fdt, header};
 
 use crate::sample;
@@ -18,47 +18,33 @@ fn golden(file: &str) -> Vec<u8> {
 }
 
 #[test]
-fn vm_v1_of_both_architectures_decodes_to_its_value() {
-    let found = MachineV2::from_bytes(&golden("vm-v1-x86_64.bin")).unwrap();
-    assert_eq!(found, sample::before_virtio(sample::machine()));
-    let found = MachineV2::from_bytes(&golden("vm-v1-aarch64.bin")).unwrap();
-    assert_eq!(found, sample::before_virtio(sample::aarch64_machine()));
+fn vm_v2_decodes_to_its_value() {
+    let machines = [
+        ("vm-v2-x86_64.bin", sample::machine()),
+        ("vm-v2-aarch64.bin", sample::aarch64_machine()),
+        ("vm-v2-serial-v2.bin", sample::machine_with_backlog()),
+    ];
+    for (file, machine) in machines {
+        assert_eq!(MachineV3::from_bytes(&golden(file)).unwrap(), machine, "{file}");
+    }
 }
 
 #[test]
-fn vm_v2_of_x86_64_decodes_to_its_value() {
-    assert_eq!(MachineV2::from_bytes(&golden("vm-v2-x86_64.bin")).unwrap(), sample::machine());
-}
-
-#[test]
-fn vm_v2_of_x86_64_encodes_to_its_bytes() {
-    assert!(sample::machine().to_bytes().unwrap() == golden("vm-v2-x86_64.bin"));
-}
-
-#[test]
-fn vm_v2_of_aarch64_decodes_to_its_value() {
-    assert_eq!(MachineV2::from_bytes(&golden("vm-v2-aarch64.bin")).unwrap(), sample::aarch64_machine());
-}
-
-#[test]
-fn vm_v2_of_aarch64_encodes_to_its_bytes() {
-    assert!(sample::aarch64_machine().to_bytes().unwrap() == golden("vm-v2-aarch64.bin"));
-}
-
-#[test]
-fn vm_v2_with_serial_v2_decodes_to_its_value() {
-    assert_eq!(MachineV2::from_bytes(&golden("vm-v2-serial-v2.bin")).unwrap(), sample::machine_with_backlog());
-}
-
-#[test]
-fn vm_v2_with_serial_v2_encodes_to_its_bytes() {
-    assert!(sample::machine_with_backlog().to_bytes().unwrap() == golden("vm-v2-serial-v2.bin"));
+fn vm_v3_decodes_to_its_value_and_encodes_to_its_bytes() {
+    let machines = [
+        ("vm-v3-x86_64.bin", sample::paused(sample::machine_with_backlog())),
+        ("vm-v3-aarch64.bin", sample::paused(sample::aarch64_machine())),
+    ];
+    for (file, machine) in machines {
+        assert_eq!(MachineV3::from_bytes(&golden(file)).unwrap(), machine, "{file}");
+        assert!(machine.to_bytes().unwrap() == golden(file), "{file}");
+    }
 }
 
 #[test]
 fn documents_of_every_architecture_print_on_this_one() {
     for architecture in ["x86_64", "aarch64"] {
-        let sealed = golden(&format!("vm-v2-{architecture}.bin"));
+        let sealed = golden(&format!("vm-v3-{architecture}.bin"));
         let text = fdt::print(header::open(&sealed).unwrap()).unwrap();
         for part in [&format!("architecture = \"{architecture}\""), "platform {", "vcpu@0 {", "serial@3f8 {"] {
             assert!(text.contains(part), "no {part} in:\n{text}");

@@ -2,7 +2,7 @@
 
 use kho_abi::document::device::SERIAL_BACKLOG_MAX;
 use kho_abi::document::index::IndexV2;
-use kho_abi::document::machine::{MachineV2, RAM_RANGES_MAX, VCPUS_MAX};
+use kho_abi::document::machine::{MachineV3, RAM_RANGES_MAX, VCPUS_MAX};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::record::{from_node, to_node};
@@ -29,8 +29,8 @@ fn roots() -> [Node; 2] {
 /// What a reader says of `root` when it comes as a sealed document; the same as when it comes as a tree.
 fn error(root: &Node) -> DecodeError {
     let sealed = header::seal(&fdt::write(root).unwrap()).unwrap();
-    let Err(DocumentError::Body(error)) = MachineV2::from_bytes(&sealed) else { panic!("accepted: {root:?}") };
-    assert_eq!(from_node::<MachineV2>(root).unwrap_err(), error);
+    let Err(DocumentError::Body(error)) = MachineV3::from_bytes(&sealed) else { panic!("accepted: {root:?}") };
+    assert_eq!(from_node::<MachineV3>(root).unwrap_err(), error);
     error
 }
 
@@ -110,13 +110,13 @@ fn a_missing_node_is_refused_in_every_node() {
             let removed = at(&mut root, &path).children.remove(index);
             match removed.name.as_str() {
                 // Whether there is one is for the host to judge.
-                "its" => assert!(from_node::<MachineV2>(&root).is_ok()),
+                "its" => assert!(from_node::<MachineV3>(&root).is_ok()),
                 // The group is there, but one of it is missing: who knows how many there must be says so.
                 name if name.starts_with("redistributor@") => {
                     assert_eq!(error(&root).to_string(), "/: platform is not that of 2 vCPUs");
                 }
                 // So for queues: what the device is says how many it has.
-                name if name.starts_with("queue@") => assert!(from_node::<MachineV2>(&root).is_ok()),
+                name if name.starts_with("queue@") => assert!(from_node::<MachineV3>(&root).is_ok()),
                 name if name.starts_with("virtio@") => assert!(error(&root).path.starts_with("/devices")),
                 name => assert_eq!(error(&root).path, path, "without {name}"),
             }
@@ -324,7 +324,7 @@ fn a_node_that_occurs_twice_is_refused_before_and_after_it_is_written() {
         node.children.push(child);
         let expected = DecodeError { path, problem };
         assert_eq!(fdt::write(&root), Err(expected.clone().into()));
-        assert_eq!(from_node::<MachineV2>(&root), Err(expected));
+        assert_eq!(from_node::<MachineV3>(&root), Err(expected));
     }
 }
 
@@ -473,7 +473,7 @@ fn an_index_of_the_previous_version_with_a_clock_is_refused() {
 fn a_serial_port_with_more_output_than_is_kept_is_refused() {
     let mut machine = sample::machine_with_backlog();
     machine.serial.backlog = vec![b'x'; SERIAL_BACKLOG_MAX];
-    assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+    assert_eq!(MachineV3::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
     machine.serial.backlog.push(b'y');
     let expected = "/devices/serial@3f8: backlog is 65537 bytes, more than are kept";
     assert_eq!(machine.to_bytes().unwrap_err().to_string(), expected);

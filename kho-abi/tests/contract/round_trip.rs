@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
 use kho_abi::document::index::{ClockV1, IndexEntryV2, IndexV2};
-use kho_abi::document::machine::{ConfigV2, MachineV2};
+use kho_abi::document::machine::{ConfigV2, MachineV3};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::node::Node;
 use kho_abi::document::platform::PlatformState;
@@ -145,14 +145,14 @@ prop_compose! {
         platform in aarch64_platform(),
         vcpus in vec(aarch64_vcpu(), 1..5),
         first in 0..10_000_u32,
-    ) -> MachineV2 {
+    ) -> MachineV3 {
         let numbered = vcpus.into_iter().zip(first..);
         let vcpus: Vec<_> = numbered.map(|(vcpu, id)| VcpuState::Aarch64(Box::new(aarch64::VcpuV1 { id, ..vcpu }))).collect();
         let config = ConfigV2 { cpus: vcpus.len() as u32, ..machine.config };
         let mut platform = platform;
         platform.gic.redistributors.truncate(vcpus.len());
         let platform = PlatformState::Aarch64(platform);
-        MachineV2 { architecture: aarch64::NAME.into(), config, platform, vcpus, ..machine }
+        MachineV3 { architecture: aarch64::NAME.into(), config, platform, vcpus, ..machine }
     }
 }
 
@@ -194,6 +194,7 @@ prop_compose! {
     fn machine()(
         name in vm_name(),
         generation: u64,
+        paused: bool,
         serial_config in text(),
         ram in ram(),
         platform in platform(),
@@ -201,14 +202,14 @@ prop_compose! {
         serial in serial(),
         first in 0..10_000_u32,
         virtio in vec(virtio(), 0..3),
-    ) -> MachineV2 {
+    ) -> MachineV3 {
         let memory = ram.iter().map(|range| range.size).sum();
         let numbered = vcpus.into_iter().zip(first..).map(|(vcpu, id)| VcpuState::X86_64(Box::new(VcpuV1 { id, ..vcpu })));
         let vcpus: Vec<_> = numbered.collect();
         let devices = virtio.iter().map(|_| serial_config.clone()).collect();
         let config = ConfigV2 { cpus: vcpus.len() as u32, memory, serial: serial_config, devices };
         let platform = PlatformState::X86_64(platform);
-        MachineV2 { name, architecture: NAME.into(), generation, config, ram, platform, vcpus, serial, virtio }
+        MachineV3 { name, architecture: NAME.into(), generation, paused, config, ram, platform, vcpus, serial, virtio }
     }
 }
 
@@ -298,12 +299,12 @@ proptest! {
 
     #[test]
     fn a_machine_is_read_as_it_was_written(machine in machine()) {
-        prop_assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+        prop_assert_eq!(MachineV3::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
     }
 
     #[test]
     fn a_machine_of_aarch64_is_read_as_it_was_written(machine in aarch64_machine()) {
-        prop_assert_eq!(MachineV2::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
+        prop_assert_eq!(MachineV3::from_bytes(&machine.to_bytes().unwrap()).unwrap(), machine);
     }
 
     #[test]

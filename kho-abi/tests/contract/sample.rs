@@ -3,7 +3,7 @@
 use kho_abi::document::aarch64;
 use kho_abi::document::device::{RtcV1, SerialV1, SerialV2};
 use kho_abi::document::index::{ClockV1, IndexEntryV2, IndexV2};
-use kho_abi::document::machine::{ConfigV2, MachineV2};
+use kho_abi::document::machine::{ConfigV2, MachineV3};
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::document::platform::PlatformState;
 use kho_abi::document::timeline::{Phase, TimelineV3};
@@ -12,19 +12,19 @@ use kho_abi::document::virtio::{BlockV1, ImageKind, QueueV1, RngV1, VirtioMmioV1
 use kho_abi::document::x86_64::{NAME, PlatformV1, VcpuV1};
 
 /// The value in `vm-v2-x86_64.bin`: every field set, every optional one once there and once not. Never change it.
-pub fn machine() -> MachineV2 {
+pub fn machine() -> MachineV3 {
     machine_with(&|length, seed| (0..length).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect())
 }
 
 /// The same machine with one vCPU and payloads of a few bytes.
-pub fn small_machine() -> MachineV2 {
+pub fn small_machine() -> MachineV3 {
     let mut machine = machine_with(&|_, seed| vec![seed, !seed, 0]);
     machine.vcpus.truncate(1);
     machine.config.cpus = 1;
     machine
 }
 
-fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV2 {
+fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV3 {
     let vcpu = |id: u32| VcpuV1 {
         id,
         cpuid: bytes(3 * 40, 1),
@@ -41,10 +41,11 @@ fn machine_with(bytes: &dyn Fn(usize, u8) -> Vec<u8>) -> MachineV2 {
         tsc_khz: 2_893_432,
         tsc_offset: (id == 0).then_some(u64::MAX - 41),
     };
-    MachineV2 {
+    MachineV3 {
         name: "golden-1".into(),
         architecture: NAME.into(),
         generation: 7,
+        paused: false,
         config: ConfigV2 {
             cpus: 2,
             memory: 0xe000_0000,
@@ -129,20 +130,19 @@ fn virtio() -> Vec<VirtioMmioV1> {
 }
 
 /// The value in `vm-v2-serial-v2.bin`: the same with output that waits for a reader. Never change it.
-pub fn machine_with_backlog() -> MachineV2 {
+pub fn machine_with_backlog() -> MachineV3 {
     let machine = machine();
     let serial = SerialV2 { backlog: b"login: ".to_vec(), dropped: 0x0102_0304_0506, ..machine.serial };
-    MachineV2 { serial, ..machine }
+    MachineV3 { serial, ..machine }
 }
 
-/// The value in `vm-v1-*.bin`, of which it is a part: the same without virtio devices, which there were none of.
-pub fn before_virtio(machine: MachineV2) -> MachineV2 {
-    let config = ConfigV2 { devices: Vec::new(), ..machine.config };
-    MachineV2 { config, virtio: Vec::new(), ..machine }
+/// The same, paused by its operator: the value in `vm-v3-*.bin`. Never change it.
+pub fn paused(machine: MachineV3) -> MachineV3 {
+    MachineV3 { paused: true, ..machine }
 }
 
 /// The value in `vm-v2-aarch64.bin`: every field set, every optional one once there and once not. Never change it.
-pub fn aarch64_machine() -> MachineV2 {
+pub fn aarch64_machine() -> MachineV3 {
     let bytes = |length: u8, seed: u8| (0..length).map(|at| at.wrapping_mul(29).wrapping_add(seed)).collect::<Vec<_>>();
     let vcpu = |id: u32| aarch64::VcpuV1 {
         id,
@@ -170,7 +170,7 @@ pub fn aarch64_machine() -> MachineV2 {
         cpu_interface: vec![(0xc665, 7), (0xc664, 0x400), (0xc230, 0xf0), (0xc648, 1 << 16)],
         lines: 1 << 27,
     };
-    MachineV2 {
+    MachineV3 {
         name: "golden-2".into(),
         architecture: aarch64::NAME.into(),
         config: ConfigV2 {

@@ -45,7 +45,8 @@ impl From<crate::vm::State> for MachineState {
         use crate::vm::State;
         match state {
             State::Running => Self::Running,
-            State::Paused => Self::Paused,
+            // Nobody has paused it, but an operator knows what that means.
+            State::Built | State::Paused => Self::Paused,
             State::Prepared => Self::Prepared,
             State::Frozen => Self::Frozen,
             State::Ended => Self::Ended,

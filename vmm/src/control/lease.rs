@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -71,6 +72,14 @@ impl Lease {
             return Err(error);
         }
         Ok(())
+    }
+
+    /// Waits until nobody holds it any more.
+    pub fn await_release(&self) {
+        const LOOK: Duration = Duration::from_millis(5);
+        while self.lock().held.is_some() {
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Gives it back: from now on the holder may go without anything happening.

@@ -4,13 +4,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
-use tokio::task::LocalSet;
-use zlink::tokio::unix::{Connection, Listener, Stream};
-use zlink::{Listener as _, Server};
-
+use super::accept;
 use super::balloon::{BalloonError, BalloonStatus, Statistic};
 use super::interface::{
     FrozenDocument, MachineError, MachineState, MachineStatus, Mark, PreparedFiles, RamFile, marks,
@@ -80,73 +75,18 @@ impl Guest for Vm {
     }
 }
 
-/// Serves `guest` on `listener`, from a thread of its own, for as long as the process lives.
-pub fn serve(guest: Arc<dyn Guest>, listener: UnixListener) -> io::Result<()> {
+/// Serves `guest` on `listener`, from a thread of its own, for as long as the process lives. Returns the lease under which a live
+/// update holds it.
+pub fn serve(guest: Arc<dyn Guest>, listener: UnixListener) -> io::Result<Lease> {
     let thawed = Arc::clone(&guest);
     let lease = Lease::new(move || {
         if let Err(error) = thawed.thaw() {
             tracing::error!(%error, "cannot take back what the live update had begun");
         }
     });
-    thread::Builder::new().name("control".to_owned()).spawn(move || run(&guest, &lease, &listener))?;
-    Ok(())
-}
-
-fn run(guest: &Arc<dyn Guest>, lease: &Lease, listener: &UnixListener) {
-    loop {
-        if let Err(error) = serve_until_error(guest, lease, listener) {
-            tracing::error!(%error, "the control socket failed, opening it again");
-        }
-        // An error such as too many open files may last: no busy loop.
-        thread::sleep(Duration::from_millis(100));
-    }
-}
-
-fn serve_until_error(guest: &Arc<dyn Guest>, lease: &Lease, listener: &UnixListener) -> Result<(), zlink::Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let listener = OwnedFd::from(listener.try_clone()?);
-    LocalSet::new().block_on(&runtime, async {
-        let mut listener = Listener::try_from(listener)?;
-        while let Some(connection) = listener.accept().await? {
-            // A server for each connection: one of them serves its connections by turns, and a `Status` would wait for
-            // another client's `Prepare`.
-            let service = Machine { guest: Arc::clone(guest), lease: lease.clone() };
-            let server = Server::new(Once::Accepted(Box::new(connection)), service);
-            tokio::task::spawn_local(async {
-                if let Err(error) = server.run().await {
-                    tracing::debug!(%error, "a client's connection failed");
-                }
-            });
-        }
-        Ok(())
-    })
-}
-
-/// A listener that has accepted its one connection already.
-#[derive(Debug)]
-enum Once {
-    Accepted(Box<Connection>),
-    Closing,
-    Closed,
-}
-
-impl zlink::Listener for Once {
-    type Socket = Stream;
-
-    async fn accept(&mut self) -> zlink::Result<Option<Connection>> {
-        match std::mem::replace(self, Self::Closing) {
-            Self::Accepted(connection) => Ok(Some(*connection)),
-            Self::Closing => {
-                *self = Self::Closed;
-                Ok(None)
-            }
-            Self::Closed => {
-                *self = Self::Closed;
-                // The server asks again before it looks at its connections, each time it is told that there are no more.
-                std::future::pending().await
-            }
-        }
-    }
+    let held = lease.clone();
+    accept::serve(listener, move || Machine { guest: Arc::clone(&guest), lease: held.clone() })?;
+    Ok(lease)
 }
 
 /// An error with all its causes, for a peer that gets nothing but a string.
@@ -289,7 +229,8 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::os::unix::net::UnixStream;
     use std::sync::Mutex;
-    use std::time::Instant;
+    use std::thread;
+    use std::time::{Duration, Instant};
 
     use kho_abi::document::timeline::Phase;
 

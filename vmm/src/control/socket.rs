@@ -66,7 +66,9 @@ impl SocketError {
         match self {
             Self::Exposed { path, .. } => Some(format!("chmod 700 {0}; chown root {0}", path.display())),
             Self::Taken { name } => Some(format!("choose another --name, or end that one with `vmm stop {name}`")),
-            Self::Kept { name } => Some(format!("`vmm status {name}` tells why; choose another --name")),
+            Self::Kept { name } => Some(format!(
+                "`vmm status {name}` tells why, `vmm restore {name}` tries again; or choose another --name"
+            )),
             Self::Busy { .. } => Some("wait for it to end; `vmm list` shows the VMs".to_owned()),
             Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 Some("run vmm as root".to_owned())
@@ -129,6 +131,16 @@ impl RunDir {
     /// Where the log of a restoring supervisor goes. A dot, which no VM's name has, keeps it apart from theirs.
     pub fn supervisor_log(&self) -> PathBuf {
         self.0.join(".restore.log")
+    }
+
+    /// The socket of a supervisor that keeps VMs.
+    pub fn supervisor_socket(&self) -> PathBuf {
+        self.0.join(".restore.sock")
+    }
+
+    /// Opens that socket, for whoever has the lock of "restore".
+    pub fn listen_as_supervisor(&self) -> Result<UnixListener, SocketError> {
+        listen(&self.supervisor_socket())
     }
 
     fn lock(&self, name: &str) -> PathBuf {
@@ -218,19 +230,22 @@ impl Claim {
 
     /// Opens the socket of the claimed name.
     pub fn listen(&self) -> Result<UnixListener, SocketError> {
-        let path = self.dir.socket(&self.name);
-        // Holding the claim, whatever lies there is of a dead process.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(SocketError::io("replace the stale socket", &path)(error));
-            }
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path).map_err(SocketError::io("open the socket", &path))?;
-        // The folder keeps others out in the moment before this.
-        fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(SocketError::io("protect", &path))?;
-        Ok(listener)
+        listen(&self.dir.socket(&self.name))
     }
+}
+
+/// Opens a socket in the place of one that a dead process may have left: nobody else uses it, as the caller has a lock.
+fn listen(path: &Path) -> Result<UnixListener, SocketError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(SocketError::io("replace the stale socket", path)(error));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(SocketError::io("open the socket", path))?;
+    // The folder keeps others out in the moment before this.
+    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(SocketError::io("protect", path))?;
+    Ok(listener)
 }
 
 impl Drop for Claim {

@@ -2,9 +2,9 @@
 //!
 //! The supervisor sends two lines of JSON, each with files (SCM_RIGHTS): first who the VM is, with its state file; then its memory,
 //! as soon as the kernel has given that back. In between the VM decodes its document and opens its disks and taps. It answers with a
-//! line of JSON per event. What matters is `first-instruction`, which the VM sends *before* its guest runs: once it is sent, the VM
-//! may never be started again from that memory. A supervisor that reads the end of the channel without having seen it can be sure
-//! that no guest has run.
+//! line of JSON per event. With the memory comes the VM's record in the [ledger](super::ledger), where it notes *before* its guest
+//! runs that it does, as from then on it may never be started again from that memory. It does so when it is told to go, and not before:
+//! until then it can be ended without a look at what it was about to do.
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, IoSliceMut, Read, Write};
@@ -20,6 +20,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::ledger::Record;
 use crate::control::interface::{Mark, RamFile, known_marks, marks};
 
 /// The most files in one message: the kernel's `SCM_MAX_FD`.
@@ -74,20 +75,29 @@ pub struct Memory {
     pub counter_hz: u64,
     /// What is known of the live update so far.
     pub marks: Vec<Mark>,
-    /// The RAM files, in the order in which they come.
+    /// The RAM files, in the order in which they come; behind them is the ledger.
     pub ram: Vec<RamFile>,
+    /// Where in the ledger the VM's record begins.
+    pub record: u64,
 }
 
 impl Memory {
     /// Memory in files of those tokens and sizes, at that point of the update.
     pub fn new(timeline: &TimelineV3, ram: Vec<RamFile>) -> Self {
-        Self { counter_hz: timeline.frequency_hz, marks: marks(&timeline.marks), ram }
+        Self { counter_hz: timeline.frequency_hz, marks: marks(&timeline.marks), ram, record: 0 }
     }
 
     /// What is known of the live update so far.
     pub fn timeline(&self) -> TimelineV3 {
         TimelineV3 { frequency_hz: self.counter_hz, marks: known_marks(&self.marks) }
     }
+}
+
+/// What it says when nothing is in the way of the guest any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Word {
+    Go,
 }
 
 /// What the VM says.
@@ -118,9 +128,21 @@ pub fn send_handover(channel: &UnixStream, handover: &Handover, state: &OwnedFd)
     send(channel, handover, &[state.as_fd()])
 }
 
-/// Sends a VM's memory.
-pub fn send_memory(channel: &UnixStream, memory: &Memory, ram: &[OwnedFd]) -> Result<(), ChannelError> {
-    send(channel, memory, &ram.iter().map(AsFd::as_fd).collect::<Vec<_>>())
+/// Sends a VM's memory, and its record in the ledger.
+pub fn send_memory(
+    channel: &UnixStream,
+    memory: &Memory,
+    ram: &[OwnedFd],
+    record: &Record,
+) -> Result<(), ChannelError> {
+    let (ledger, record) = record.parts();
+    let files: Vec<_> = ram.iter().map(AsFd::as_fd).chain([ledger]).collect();
+    send(channel, &Memory { record, ..memory.clone() }, &files)
+}
+
+/// Tells a VM whose machine is built that its guest may run.
+pub fn send_go(channel: &UnixStream) -> Result<(), ChannelError> {
+    write(channel, &Word::Go)
 }
 
 fn send(channel: &UnixStream, value: &impl Serialize, files: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
@@ -136,6 +158,17 @@ fn send(channel: &UnixStream, value: &impl Serialize, files: &[BorrowedFd<'_>]) 
     let mut rest = channel;
     rest.write_all(line.get(sent..).unwrap_or_default())
         .map_err(|source| ChannelError::Io { operation: "write to", source })
+}
+
+/// A VM's memory, as the VM has it.
+#[derive(Debug)]
+pub struct Arrived {
+    /// What is known of the live update so far.
+    pub timeline: TimelineV3,
+    /// The RAM files by token.
+    pub ram: Vec<(u64, OwnedFd)>,
+    /// Where to note that the guest runs.
+    pub record: Record,
 }
 
 /// The supervisor's lines, as the VM reads them.
@@ -162,14 +195,24 @@ impl<'channel> Arrivals<'channel> {
         Ok((handover, state))
     }
 
-    /// Waits for the VM's memory: the files by token.
-    pub fn memory(&mut self) -> Result<(Memory, Vec<(u64, OwnedFd)>), ChannelError> {
+    /// Waits for the VM's memory.
+    pub fn memory(&mut self) -> Result<Arrived, ChannelError> {
         let memory: Memory = self.line()?;
-        if self.files.len() != memory.ram.len() {
-            return Err(ChannelError::Malformed(format!("{} files for {} of RAM", self.files.len(), memory.ram.len())));
-        }
+        let count = self.files.len();
+        let (Some(ledger), true) = (self.files.pop_back(), count == memory.ram.len() + 1) else {
+            return Err(ChannelError::Malformed(format!(
+                "{count} files for {} of RAM and the ledger",
+                memory.ram.len()
+            )));
+        };
+        let record = Record::adopt(ledger, memory.record);
         let ram = memory.ram.iter().map(|file| file.token).zip(self.files.drain(..)).collect();
-        Ok((memory, ram))
+        Ok(Arrived { timeline: memory.timeline(), ram, record })
+    }
+
+    /// Waits until the guest may run.
+    pub fn go(&mut self) -> Result<(), ChannelError> {
+        self.line().map(|Word::Go| ())
     }
 
     fn line<T: DeserializeOwned>(&mut self) -> Result<T, ChannelError> {
@@ -211,8 +254,12 @@ impl<'channel> Arrivals<'channel> {
 }
 
 /// Tells the supervisor what has happened.
-pub fn tell(mut channel: &UnixStream, event: &Event) -> Result<(), ChannelError> {
-    channel.write_all(&line(event)?).map_err(|source| ChannelError::Io { operation: "write to", source })
+pub fn tell(channel: &UnixStream, event: &Event) -> Result<(), ChannelError> {
+    write(channel, event)
+}
+
+fn write(mut channel: &UnixStream, value: &impl Serialize) -> Result<(), ChannelError> {
+    channel.write_all(&line(value)?).map_err(|source| ChannelError::Io { operation: "write to", source })
 }
 
 fn line<T: Serialize>(value: &T) -> Result<Vec<u8>, ChannelError> {
@@ -256,6 +303,7 @@ mod tests {
     use kho_abi::document::timeline::Phase;
 
     use super::*;
+    use crate::handover::ledger::Ledger;
 
     fn memfd(content: &[u8]) -> OwnedFd {
         let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -267,6 +315,10 @@ mod tests {
         let mut content = vec![0; 3];
         File::from(file).read_exact_at(&mut content, 0).unwrap();
         content
+    }
+
+    fn record() -> Record {
+        Ledger::new(1).unwrap().record(0)
     }
 
     fn handover() -> Handover {
@@ -285,13 +337,17 @@ mod tests {
             let files: Vec<OwnedFd> = (0..ranges).map(|index| memfd(&[index as u8, 0, 7])).collect();
             // Both are on their way before the first is read.
             send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
-            send_memory(&supervisor, &memory(ranges), &files).unwrap();
+            let ledger = Ledger::new(2).unwrap();
+            send_memory(&supervisor, &memory(ranges), &files, &ledger.record(1)).unwrap();
             let mut arrivals = Arrivals::new(&vm);
             let (said, state) = arrivals.handover().unwrap();
             assert_eq!((said, content(state).as_slice()), (handover(), b"doc".as_slice()));
-            let (said, ram) = arrivals.memory().unwrap();
-            assert_eq!(said, memory(ranges));
-            assert_eq!(said.timeline().counter(Phase::InitReached), Some(9));
+            let Arrived { timeline, ram, record } = arrivals.memory().unwrap();
+            record.set_ran().unwrap();
+            assert!(ledger.record(1).has_run().unwrap() && !ledger.record(0).has_run().unwrap());
+            send_go(&supervisor).unwrap();
+            arrivals.go().unwrap();
+            assert_eq!((timeline.frequency_hz, timeline.counter(Phase::InitReached)), (1000, Some(9)));
             for (index, (token, file)) in ram.into_iter().enumerate() {
                 assert_eq!(token, 0x100 + index as u64);
                 assert_eq!(content(file), [index as u8, 0, 7]);
@@ -303,7 +359,7 @@ mod tests {
     fn vm_with_a_file_missing_is_refused() {
         let (supervisor, vm) = UnixStream::pair().unwrap();
         send_handover(&supervisor, &handover(), &memfd(b"doc")).unwrap();
-        send_memory(&supervisor, &memory(2), &[memfd(b"ram")]).unwrap();
+        send_memory(&supervisor, &memory(2), &[memfd(b"ram")], &record()).unwrap();
         let mut arrivals = Arrivals::new(&vm);
         arrivals.handover().unwrap();
         assert!(matches!(arrivals.memory(), Err(ChannelError::Malformed(_))));
@@ -317,6 +373,7 @@ mod tests {
         let mut arrivals = Arrivals::new(&vm);
         arrivals.handover().unwrap();
         assert!(matches!(arrivals.memory(), Err(ChannelError::Closed)));
+        assert!(matches!(arrivals.go(), Err(ChannelError::Closed)));
         let (mut supervisor, vm) = UnixStream::pair().unwrap();
         supervisor.write_all(b"{\"name\":\n").unwrap();
         assert!(matches!(Arrivals::new(&vm).handover(), Err(ChannelError::Malformed(_))));
@@ -332,7 +389,7 @@ mod tests {
         let said = Event::Failed { reason: "no tap".into() };
         tell(&vm, &said).unwrap();
         drop(vm);
-        assert!(send_memory(&supervisor, &memory(1), &[memfd(b"ram")]).unwrap_err().is_gone());
+        assert!(send_memory(&supervisor, &memory(1), &[memfd(b"ram")], &record()).unwrap_err().is_gone());
         let mut events = Events::new(&supervisor);
         assert_eq!(events.next().unwrap(), Some(said));
         assert_eq!(events.next().unwrap(), None);

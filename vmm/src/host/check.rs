@@ -4,6 +4,7 @@ mod finding;
 mod initrd;
 pub mod machines;
 pub mod next_kernel;
+pub mod strays;
 pub mod this_host;
 
 use serde_json::json;
@@ -15,7 +16,7 @@ use crate::cli::{CheckArgs, status};
 use crate::control::socket::RunDir;
 
 /// The questions' names.
-pub const NAMES: [&str; 27] = [
+pub const NAMES: [&str; 28] = [
     "counter",
     "device",
     "host",
@@ -43,12 +44,14 @@ pub const NAMES: [&str; 27] = [
     "vm-cgroup",
     "vm-disk",
     "vm-seals",
+    "vm-stray",
 ];
 
 /// `vmm check`.
 pub fn check(dir: &RunDir, arguments: &CheckArgs) -> anyhow::Result<u8> {
     let mut findings = this_host::check(dir);
-    findings.extend(machines::check(dir));
+    findings.extend(machines::check(dir, &[]));
+    findings.extend(strays::check(dir));
     if let Some(next) = &arguments.next {
         findings.extend(next_kernel::check(next));
     }

@@ -6,8 +6,9 @@ use std::io::{self, BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 
 use kho_abi::kernel::{PageSize, PhysMem, Unreadable};
-use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, KnownLayout};
+use zerocopy::FromBytes;
+
+use crate::elf::{self, FileHeader, SegmentHeader};
 
 const PATH: &str = "/proc/kcore";
 const SYMBOLS: &str = "/proc/kallsyms";
@@ -39,42 +40,6 @@ pub enum KcoreError {
     Address(u64),
 }
 
-/// The start of `Elf64_Ehdr`, as far as it matters.
-#[derive(FromBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct FileHeader {
-    magic: [u8; 4],
-    class: u8,
-    _ident: [u8; 11],
-    _kind: U16,
-    _machine: U16,
-    _version: U32,
-    _entry: U64,
-    segments: U64,
-    _sections: U64,
-    _flags: U32,
-    _size: U16,
-    segment_size: U16,
-    segment_count: U16,
-}
-
-/// `Elf64_Phdr`.
-#[derive(FromBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct SegmentHeader {
-    kind: U32,
-    _flags: U32,
-    offset: U64,
-    address: U64,
-    physical: U64,
-    _file_size: U64,
-    size: U64,
-    _align: U64,
-}
-
-const LOAD: u32 = 1;
-const CLASS_64: u8 = 2;
-
 struct Segment {
     offset: u64,
     address: u64,
@@ -105,7 +70,7 @@ impl Kcore {
         file.read_exact_at(&mut header, 0).map_err(failed)?;
         let header = FileHeader::read_from_bytes(&header).map_err(|_| KcoreError::Form)?;
         let size = usize::from(header.segment_size.get());
-        if header.magic != *b"\x7fELF" || header.class != CLASS_64 || size != size_of::<SegmentHeader>() {
+        if !header.ident.starts_with(&elf::IDENT) || size != size_of::<SegmentHeader>() {
             return Err(KcoreError::Form);
         }
         let mut bytes = vec![0; size * usize::from(header.segment_count.get())];
@@ -117,7 +82,7 @@ impl Kcore {
             physical: Some(segment.physical.get()).filter(|&physical| physical != u64::MAX),
             size: segment.size.get(),
         };
-        let segments = found.iter().filter(|segment| segment.kind == LOAD).map(segment).collect();
+        let segments = found.iter().filter(|segment| segment.kind == elf::LOAD).map(segment).collect();
         let page_size = rustix::param::page_size();
         let shift = page_size.is_power_of_two().then(|| page_size.ilog2());
         let page_size = shift.and_then(PageSize::from_shift).ok_or(KcoreError::PageSize(page_size))?;

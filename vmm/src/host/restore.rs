@@ -4,8 +4,11 @@
 //! command that the operator started only relays what it says. So nothing is lost with the operator's terminal. With
 //! `--foreground`, for a service manager, the command is the supervisor.
 
+mod guardian;
+pub mod keeper;
 mod supervisor;
 mod vm_process;
+mod work;
 
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
@@ -24,6 +27,7 @@ use super::run::adopt_descriptor;
 use super::signals::{self, Signals};
 use super::{clock, report};
 use crate::cli::{LogArgs, RestoreArgs, status};
+use crate::control::keeper::{KeeperClient, KeeperClientError, KeeperError, RestoredMachine};
 use crate::control::socket::RunDir;
 use crate::handover::luo::IncomingSession;
 
@@ -47,6 +51,9 @@ impl SupervisorError {
 
 /// Carries out the verb, or the part of it that this process is for.
 pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64) -> anyhow::Result<u8> {
+    if let Some(name) = &arguments.name {
+        return again(dir, name, arguments.json);
+    }
     let init_reached = std::env::var(INIT_COUNTER).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(started);
     if !arguments.supervise && !arguments.foreground {
         return front(dir, arguments, log, init_reached);
@@ -57,20 +64,14 @@ pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64
             tracing::debug!(%error, "this is a session of its own already");
         }
     }
-    // Whoever wants this process to end would end the VMs that are not running yet.
     let signals = Signals::hold().context("cannot hold back signals")?;
-    let watch = signals.watch(|signal| {
-        tracing::warn!("{} is ignored: guests' memory is held here that would be lost", signals::name(signal));
-        true
-    });
-    watch.context("cannot watch for signals")?;
     let session = arguments.index_session.map(adopt_descriptor).transpose()?;
     let session = session.map(|file| IncomingSession::adopt(file, kho_abi::names::INDEX_SESSION));
     let json = arguments.json || arguments.supervise;
     let relay = |event: &Value| show(event, json);
     let (detached, set_clock) = (arguments.supervise, !arguments.no_set_clock);
     let supervisor = Supervisor { dir, log, detached, init_reached, set_clock, relay: &relay };
-    match supervisor.supervise(session) {
+    match supervisor.supervise(signals, session) {
         Ok(status) => Ok(status),
         Err(error) => {
             relay(&json!({
@@ -79,6 +80,33 @@ pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64
             }));
             Err(error)
         }
+    }
+}
+
+/// Tries again to restore a VM that is kept.
+fn again(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
+    match KeeperClient::connect(dir).and_then(|mut keeper| keeper.restore(name)) {
+        Ok(RestoredMachine { attempts, blackout_ms }) => {
+            if json {
+                let result = json!({
+                    "event": "result", "result": "restored", "name": name, "attempts": attempts, "blackout_ms": blackout_ms,
+                });
+                report::print_json(&result);
+            } else {
+                report::print(&format!("{name} runs again, after {:.1} s", blackout_ms.unwrap_or_default() / 1e3));
+            }
+            Ok(status::DONE)
+        }
+        Err(KeeperClientError::Refused(error @ KeeperError::NotRestored { .. })) => {
+            if json {
+                let result = json!({"event": "result", "result": "kept", "name": name, "error": error.to_string()});
+                report::print_json(&result);
+            } else {
+                report::print(&format!("{name}: {error}"));
+            }
+            Ok(status::KEPT)
+        }
+        Err(error) => Err(error.into()),
     }
 }
 

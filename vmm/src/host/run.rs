@@ -5,16 +5,19 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
-use kho_abi::document::timeline::TimelineV3;
+use kho_abi::document::timeline::{Phase, TimelineV3};
 use rustix::io::FdFlags;
 
 use crate::arch;
 use crate::cli::{RunArgs, status};
 use crate::config::VmConfig;
 use crate::control::interface::marks;
+use crate::control::lease::Lease;
 use crate::control::server::{self, chain};
 use crate::control::socket::{Claim, RunDir, SocketError};
-use crate::handover::channel::{self, Arrivals, Event};
+use crate::fault::{self, Process};
+use crate::handover::channel::{self, Arrivals, Arrived, Event};
+use crate::handover::ledger::Record;
 use crate::host::kept::KeptVm;
 use crate::host::signals::{self, Signals};
 use crate::vm::{Arriving, Ending, Vm, VmError};
@@ -41,9 +44,9 @@ fn cold(dir: &RunDir, arguments: RunArgs, signals: Signals) -> anyhow::Result<u8
     arch::await_counter_calibration();
     let failed = format!("cannot start VM {name}");
     let vm = Vm::cold(VmConfig { name, kernel, initrd, append, cpus, memory, serial, devices }).context(failed)?;
-    attend(&claim, &vm, signals)?;
+    let lease = attend(&claim, &vm, signals)?;
     vm.run(Box::new(|_| {})).context("cannot run the guest")?;
-    Ok(ended(&vm))
+    Ok(ended(&vm, &lease))
 }
 
 fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u8> {
@@ -56,7 +59,7 @@ fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u
             tracing::error!(error = %chain(&error), "cannot tell the supervisor");
         }
     };
-    let (claim, vm) = match build(dir, &handover.name, &state, &mut arrivals, signals) {
+    let Built { claim, vm, record, lease } = match build(dir, &handover.name, &state, &mut arrivals, signals) {
         Ok(built) => built,
         Err(Unbuilt::Refused(error)) => {
             tell(Event::Refused { reason: format!("{error:#}") });
@@ -69,17 +72,29 @@ fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u
         }
     };
     tell(Event::MachineBuilt);
+    arrivals.go().context("nobody lets the guest run")?;
+    fault::at(Process::Vm, Phase::FirstInstruction, None)?;
     let started = vm.run(Box::new(move |timeline: &TimelineV3| {
-        // From here on the guest counts as running. A supervisor that cannot hear this is dead, and with it all claim to
-        // start this VM again, so the guest runs in either case.
+        // From here on the guest counts as running, for whoever restores now and for whoever does after it.
+        if let Err(error) = record.set_ran() {
+            tracing::error!(%error, "cannot note that the guest runs");
+        }
         if let Err(error) = channel::tell(&channel, &Event::FirstInstruction { marks: marks(&timeline.marks) }) {
             tracing::warn!(error = %chain(&error), "cannot tell the supervisor that the guest runs");
         }
     }));
     started.context("cannot run the guest")?;
-    let status = ended(&vm);
+    let status = ended(&vm, &lease);
     drop(claim);
     Ok(status)
+}
+
+/// A VM that is all there and has not run yet.
+struct Built {
+    claim: Claim,
+    vm: Vm,
+    record: Record,
+    lease: Lease,
 }
 
 /// Why a VM could not be built from what was handed over.
@@ -103,34 +118,40 @@ fn build(
     state: &OwnedFd,
     arrivals: &mut Arrivals<'_>,
     signals: Signals,
-) -> Result<(Claim, Vm), Unbuilt> {
+) -> Result<Built, Unbuilt> {
     let failed = |error: anyhow::Error| Unbuilt::Failed(error);
     let claim = Claim::take(dir, name).map_err(|error| failed(error.into()))?;
     let arriving = Arriving::new(state)?;
     if arriving.name() != name {
         return Err(Unbuilt::Refused(anyhow!("the document is that of a VM called {}", arriving.name())));
     }
-    let (memory, ram) = arrivals.memory().map_err(|error| failed(error.into()))?;
-    let vm = arriving.restore(ram, memory.timeline())?;
-    attend(&claim, &vm, signals).map_err(failed)?;
-    Ok((claim, vm))
+    let Arrived { timeline, ram, record } = arrivals.memory().map_err(|error| failed(error.into()))?;
+    let vm = arriving.restore(ram, timeline)?;
+    let lease = attend(&claim, &vm, signals).map_err(failed)?;
+    Ok(Built { claim, vm, record, lease })
 }
 
 /// Opens the VM to its operator: the socket, and the signals that ask it to end.
-fn attend(claim: &Claim, vm: &Vm, signals: Signals) -> anyhow::Result<()> {
-    server::serve(Arc::new(vm.clone()), claim.listen()?).context("cannot start the control thread")?;
+fn attend(claim: &Claim, vm: &Vm, signals: Signals) -> anyhow::Result<Lease> {
+    let lease = server::serve(Arc::new(vm.clone()), claim.listen()?).context("cannot start the control thread")?;
     let stopped = vm.clone();
     let watch = signals.watch(move |signal| {
         tracing::info!(signal = signals::name(signal), "ending the VM");
         stopped.stop();
         true
     });
-    watch.context("cannot watch for signals")
+    watch.context("cannot watch for signals")?;
+    Ok(lease)
 }
 
 /// Waits for the end, and turns it into an exit status.
-fn ended(vm: &Vm) -> u8 {
-    match vm.wait() {
+fn ended(vm: &Vm, lease: &Lease) -> u8 {
+    let ending = vm.wait();
+    if vm.has_ended_prepared() {
+        // A process that is gone could have been killed, and the live update would be called off. It comes to an end in any case.
+        lease.await_release();
+    }
+    match ending {
         Ending::PowerOff => status::DONE,
         Ending::Reset => status::GUEST_RESET,
         Ending::TripleFault => {

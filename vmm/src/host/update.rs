@@ -7,6 +7,7 @@
 
 pub mod check;
 mod index;
+mod left_behind;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 
 use self::check::{Checked, check};
 use self::index::IndexFile;
+use self::left_behind::LeftBehind;
 use self::worker::{Command, Done, Worker};
 use super::kexec::LoadedKernel;
 use super::proof::{Map, NoMapError, Source};
@@ -34,7 +36,7 @@ use crate::clock;
 use crate::control::lease;
 use crate::control::server::chain;
 use crate::control::socket::RunDir;
-use crate::fault::{self, Action};
+use crate::fault::{self, Action, Process};
 use crate::handover::luo;
 
 /// What the main thread hears.
@@ -115,6 +117,7 @@ struct Update<'arguments> {
     inbox: Receiver<Message>,
     messages: Sender<Message>,
     workers: Vec<Worker>,
+    left_behind: Vec<LeftBehind>,
     /// What the next kernel is told.
     index: IndexV2,
     index_file: Option<IndexFile>,
@@ -138,7 +141,7 @@ impl<'arguments> Update<'arguments> {
         inbox: Receiver<Message>,
         started: u64,
     ) -> anyhow::Result<Self> {
-        let Checked { files, device, frequency_hz, vms, locks } = checked;
+        let Checked { files, device, frequency_hz, vms, left_behind, locks } = checked;
         let generation = vms.iter().map(|vm| vm.status.generation).max().unwrap_or_default() + 1;
         let mut timeline = TimelineV3::new(frequency_hz);
         timeline.mark(Phase::UpdateStarted, started);
@@ -159,6 +162,7 @@ impl<'arguments> Update<'arguments> {
             inbox,
             messages,
             workers,
+            left_behind,
             index: IndexV2 { generation, kernel, timeline, clock: None, vms: Vec::new() },
             index_file: None,
             kernel: None,
@@ -172,9 +176,11 @@ impl<'arguments> Update<'arguments> {
 
     /// All of it. Comes back with `Ok` only from a rehearsal.
     fn carry_out(&mut self) -> anyhow::Result<()> {
+        self.fault(Phase::UpdateStarted)?;
         self.load()?;
         self.prepare()?;
         self.prove("guests run")?;
+        self.leave_behind();
         self.sync()?;
         self.freeze()?;
         if self.arguments.prove {
@@ -197,7 +203,7 @@ impl<'arguments> Update<'arguments> {
         self.kernel = Some(LoadedKernel::load(kernel, initrd.as_ref(), command_line)?);
         let image = self.arguments.next.kernel.display();
         self.reached(Phase::ImageLoaded, &format!("next kernel loaded: {image}"));
-        self.fault("update.image-loaded")
+        self.fault(Phase::ImageLoaded)
     }
 
     fn prepare(&mut self) -> anyhow::Result<()> {
@@ -231,7 +237,7 @@ impl<'arguments> Update<'arguments> {
             _ => format!("{count} VM(s) prepared, {} preserved", report::bytes(bytes)),
         };
         self.reached(Phase::Prepared, &text);
-        self.fault("update.prepared")
+        self.fault(Phase::Prepared)
     }
 
     /// Looks for every page of the guests' memory in the kernel's own map of what it would hand over. Where the kernel does not
@@ -293,7 +299,19 @@ impl<'arguments> Update<'arguments> {
             }
         })?;
         self.report.phase(Phase::MemoryDigested, arch::counter(), "the checksum of all memory is taken");
-        Ok(())
+        self.fault(Phase::MemoryDigested)
+    }
+
+    fn leave_behind(&mut self) {
+        for vm in &mut self.left_behind {
+            let (name, trouble) = (vm.name.clone(), vm.pause().err());
+            let event = json!({"event": "left-behind", "vm": name, "paused": trouble.is_none(), "reason": trouble});
+            let text = match &trouble {
+                None => format!("{name} is left behind: it is paused, and ends with this kernel"),
+                Some(reason) => format!("{name} is left behind, and ends with this kernel as it is: {reason}"),
+            };
+            self.report.event(event, &text);
+        }
     }
 
     /// kexec forgets the page cache, and reboot(2) does not write it back.
@@ -323,6 +341,7 @@ impl<'arguments> Update<'arguments> {
         }
         // The blackout begins here. No output until it is over, one way or the other.
         self.report.hold();
+        self.fault(Phase::PauseAsked)?;
         for worker in &self.workers {
             worker.tell(Command::Freeze { generation: self.index.generation, limit: self.arguments.timeout });
         }
@@ -336,7 +355,7 @@ impl<'arguments> Update<'arguments> {
             let text = format!("{} guest(s) paused, documents written and found complete", self.workers.len());
             self.report.phase(Phase::DocumentWritten, arch::counter(), &text);
         }
-        self.fault("update.frozen")
+        self.fault(Phase::DocumentWritten)
     }
 
     fn hand_over(&mut self) -> anyhow::Result<()> {
@@ -344,13 +363,13 @@ impl<'arguments> Update<'arguments> {
         self.index.vms = self.workers.iter().filter_map(|worker| worker.entry.clone()).collect();
         self.reached(Phase::Preserved, "all is preserved");
         self.write_index()?;
-        self.fault("update.preserved")?;
+        self.fault(Phase::Preserved)?;
         // A guest whose process died would come back, but its operator may have meant it to end; and a message that is
         // waiting may be a wish to stop.
         while let Ok(message) = self.inbox.try_recv() {
             self.judge(message)?;
         }
-        match self.workers.iter().find(|worker| worker.watch.is_closed()) {
+        match self.workers.iter().find(|worker| !worker.ended && worker.watch.is_closed()) {
             Some(worker) => Err(anyhow!("VM {} has ended after it was frozen", worker.name)),
             None => Ok(()),
         }
@@ -363,6 +382,7 @@ impl<'arguments> Update<'arguments> {
         self.index.clock = Some(ClockV1 { counter, realtime_ns });
         self.index.timeline.mark(Phase::RebootCalled, counter);
         self.write_index()?;
+        self.fault(Phase::RebootCalled)?;
         let kernel = self.kernel.as_ref().context("no kernel is loaded")?;
         Err(kernel.boot().into())
     }
@@ -395,10 +415,11 @@ impl<'arguments> Update<'arguments> {
             }
         }
         self.lease = None;
+        self.left_behind.iter_mut().for_each(LeftBehind::resume);
         self.index_file = None;
         self.kernel = None;
         let (mut running, mut lost) = (Vec::new(), Vec::new());
-        for (number, worker) in self.workers.iter().enumerate() {
+        for (number, worker) in self.workers.iter().enumerate().filter(|(_, worker)| !worker.ended) {
             match answers.remove(&number) {
                 Some(Ok(())) => running.push(worker.name.clone()),
                 Some(Err(reason)) => lost.push((worker.name.clone(), reason)),
@@ -448,7 +469,10 @@ impl<'arguments> Update<'arguments> {
             match self.hear(deadline)? {
                 Some(Message::Vm(number, Ok(done))) => {
                     waiting.retain(|&other| other != number);
-                    on_done(self, number, done);
+                    match done {
+                        Done::Ended => self.leave_out(number),
+                        done => on_done(self, number, done),
+                    }
                 }
                 Some(_) => {}
                 None => {
@@ -458,6 +482,17 @@ impl<'arguments> Update<'arguments> {
             }
         }
         Ok(())
+    }
+
+    /// A guest that has ended by itself has nothing to be carried over. The others go on.
+    fn leave_out(&mut self, number: usize) {
+        let worker = &mut self.workers[number];
+        worker.entry = None;
+        if !std::mem::replace(&mut worker.ended, true) {
+            let name = &worker.name;
+            let text = format!("{name} has ended by itself, and takes no part any more");
+            self.report.event(json!({"event": "ended", "vm": name}), &text);
+        }
     }
 
     /// The next message, or `None` when there is none until `deadline`. What asks for an end is an error.
@@ -482,12 +517,13 @@ impl<'arguments> Update<'arguments> {
     }
 
     /// Passes a point where a fault may be asked for. A stall still listens, as a slow step would.
-    fn fault(&self, point: &str) -> anyhow::Result<()> {
-        if fault::requested(point, None) == Some(Action::Stall) {
+    fn fault(&self, phase: Phase) -> anyhow::Result<()> {
+        if fault::requested(Process::Update, phase, None) == Some(Action::Stall) {
+            fault::tell_stall(Process::Update, phase);
             let deadline = Instant::now() + fault::STALL;
             while self.hear(deadline)?.is_some() {}
             return Ok(());
         }
-        Ok(fault::at(point)?)
+        Ok(fault::at(Process::Update, phase, None)?)
     }
 }

@@ -11,6 +11,7 @@ use crate::cli::status;
 use crate::control::balloon::BalloonStatus;
 use crate::control::client::{Client, ClientError};
 use crate::control::interface::MachineStatus;
+use crate::control::keeper::KeeperClient;
 use crate::control::socket::RunDir;
 
 /// How long a VM has to answer. It answers at once unless it is being frozen, or in trouble.
@@ -181,12 +182,18 @@ pub fn resume(dir: &RunDir, name: &str) -> anyhow::Result<u8> {
     Ok(status::DONE)
 }
 
+/// `vmm discard`.
+pub fn discard(dir: &RunDir, name: &str) -> anyhow::Result<u8> {
+    KeeperClient::connect(dir)?.discard(name)?;
+    Ok(status::DONE)
+}
+
 /// `vmm stop`: returns when the VM has ended.
 pub fn stop(dir: &RunDir, name: &str) -> anyhow::Result<u8> {
     let connected = Client::connect(dir, name, PATIENCE);
     if let (Err(ClientError::NotThere { .. }), Some(kept)) = (&connected, KeptVm::read(dir, name)) {
         bail!(
-            "VM {name} does not run: its memory is kept by process {} and is lost for good when that is killed (SIGKILL)",
+            "VM {name} does not run: its memory is kept by process {}; `vmm discard {name}` gives it up for good",
             kept.pid
         );
     }

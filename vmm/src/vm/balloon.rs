@@ -25,7 +25,7 @@ impl Vm {
         let balloon = self.0.machine.balloon().ok_or(BalloonError::None)?;
         // Under the lock: a document that is being written has either all of it or nothing.
         let control = self.0.control();
-        match control.state {
+        match control.lifecycle.state() {
             State::Running | State::Paused | State::Prepared => Ok(balloon.set_target(bytes)?),
             state => Err(VmError::State { operation: "ask for its memory", state }),
         }

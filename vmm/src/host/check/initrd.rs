@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::record::Record;
 
 use super::Finding;
@@ -21,7 +21,7 @@ pub fn check(bytes: &[u8]) -> Finding {
     if let Err(error) = archives(bytes, false, &mut found) {
         return Finding::failure(CHECK, format!("it cannot be read: {error}"), "give an initramfs in cpio's format");
     }
-    let writes = MachineV2::COMPATIBLE;
+    let writes = MachineV3::COMPATIBLE;
     match found.programs.as_slice() {
         [] => Finding::warning(
             CHECK,
@@ -138,7 +138,7 @@ mod tests {
     }
 
     fn program() -> Vec<u8> {
-        format!("\x7fELF...{}...", MachineV2::COMPATIBLE).into_bytes()
+        format!("\x7fELF...{}...", MachineV3::COMPATIBLE).into_bytes()
     }
 
     #[test]

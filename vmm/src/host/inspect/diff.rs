@@ -134,7 +134,7 @@ mod tests {
             .with_bytes("regs", regs)
             .with_u32("id", 0);
         Node::new("")
-            .with_str("compatible", "kho-vmm,vm-v2")
+            .with_str("compatible", "kho-vmm,vm-v3")
             .with_str("name", "a")
             .with_child(vcpu)
             .with_children(devices.iter().map(|name| Node::new(*name)))
@@ -176,13 +176,13 @@ mod tests {
         told[0].clone()
     }
 
-    const X86_64: &str = "vm-v2-x86_64.bin";
-    const AARCH64: &str = "vm-v2-aarch64.bin";
+    const X86_64: &str = "vm-v3-x86_64.bin";
+    const AARCH64: &str = "vm-v3-aarch64.bin";
     const VCPU: [&str; 2] = ["vcpus", "vcpu@1"];
 
     #[test]
     fn a_document_does_not_differ_from_itself() {
-        for name in [X86_64, AARCH64, "vm-v1-x86_64.bin", "vm-v1-aarch64.bin"] {
+        for name in [X86_64, AARCH64, "vm-v2-x86_64.bin", "vm-v2-aarch64.bin"] {
             let document = sealed(&golden(name));
             assert_eq!(diff(&document, &document).unwrap(), [], "{name}");
         }

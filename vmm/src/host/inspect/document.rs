@@ -107,7 +107,7 @@ mod tests {
 
     fn machine() -> Node {
         let vcpu = Node::new("vcpu@0").with_bytes("regs", vec![1; 24]).with_u32("id", 0);
-        Node::new("").with_str("compatible", "kho-vmm,vm-v2").with_str("name", "a").with_child(vcpu)
+        Node::new("").with_str("compatible", "kho-vmm,vm-v3").with_str("name", "a").with_child(vcpu)
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use kho_abi::document::header::Kind;
 use kho_abi::document::index::IndexV2;
-use kho_abi::document::machine::MachineV2;
+use kho_abi::document::machine::MachineV3;
 use kho_abi::document::timeline::TimelineV3;
 use kho_abi::kernel::root::Root;
 use serde_json::{Map, Value, json};
@@ -26,7 +26,7 @@ pub fn of(bytes: &[u8]) -> (Outline, Value) {
 }
 
 fn machine(bytes: &[u8]) -> Result<(Outline, Value)> {
-    let machine = MachineV2::from_bytes(bytes)?;
+    let machine = MachineV3::from_bytes(bytes)?;
     let memory: u64 = machine.ram.iter().map(|range| range.size).sum();
     let ranges = machine.ram.iter().map(|range| {
         let place = format!("at {:#x}, {:#x} of file {:#x}", range.gpa, range.offset, range.token);
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn documents_of_both_architectures_are_summed_up_on_either() {
         for architecture in ["x86_64", "aarch64"] {
-            let (outline, json) = of(&golden(&format!("vm-v2-{architecture}.bin")));
+            let (outline, json) = of(&golden(&format!("vm-v3-{architecture}.bin")));
             assert_eq!(json["architecture"], architecture);
             let text = outline.to_text();
             assert!(text.contains("  memory: ") && text.contains("  vCPUs: 2\n"), "{text}");

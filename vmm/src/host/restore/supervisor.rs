@@ -1,41 +1,39 @@
-//! The process that holds what was handed over, until the VMs run.
-//!
-//! It outlives whoever started it, and it outlives its work where a VM could not be restored: that VM's memory exists
-//! only as long as this process holds its session and files. `NAME.kept` in the run folder tells the other verbs.
+//! The restoring of all that was handed over, by processes that outlive whoever started them: a guardian that holds it, and its
+//! worker. They outlive their work where a VM could not be restored, as that VM's memory exists only as long as its session and files
+//! are held. `NAME.kept` in the run folder tells the other verbs.
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use kho_abi::document::header;
-use kho_abi::document::index::{IndexEntryV2, IndexV2};
+use kho_abi::document::index::IndexV2;
 use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::{names, tokens};
 use serde_json::{Value, json};
 
-use super::vm_process::{End, VmProcess};
+use super::guardian::{self, Role};
+use super::keeper;
+use super::work::{Common, Message, Outcome, Work};
 use crate::arch;
 use crate::cli::{LogArgs, status};
-use crate::control::interface::{RamFile, known_marks};
 use crate::control::server::chain;
 use crate::control::socket::{RunDir, SocketError, WorkLock};
-use crate::fault::{self, Action};
-use crate::handover::channel::{Handover, Memory};
+use crate::fault::{self, Process};
+use crate::handover::ledger::Ledger;
 use crate::handover::luo::{Device, IncomingSession, LuoError};
 use crate::host::clock;
-use crate::host::digest::digest;
-use crate::host::kept::KeptVm;
-use crate::host::proof::{self, Frames, ProofError};
 use crate::host::report::{timeline_fields, with_fields};
+use crate::host::signals::{self, Signals};
 
-/// How often a VM is started before it is kept.
-const ATTEMPTS: u32 = 3;
 /// How long to wait while another process uses `/dev/liveupdate`. Service managers use it early in boot, as we do.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// More VMs than an index has room for.
+const MOST_VMS: usize = 16 << 10;
 
 /// The supervisor's work.
 pub struct Supervisor<'a> {
@@ -59,72 +57,97 @@ struct HandedOver {
     /// In the order of the index.
     sessions: Vec<Result<IncomingSession, LuoError>>,
     session: IncomingSession,
-}
-
-/// How it went with one VM.
-struct Outcome {
-    attempts: u32,
-    timeline: TimelineV3,
-    /// Whether its memory is where it was, in a word; None where the old kernel did not show where that is.
-    frames: Option<&'static str>,
-    result: Result<(), Kept>,
-}
-
-/// A VM that does not run, and all that is left of it.
-struct Kept {
-    reason: String,
-    _session: Option<IncomingSession>,
-    _files: Option<Files>,
-}
-
-/// A VM's files.
-struct Files {
-    state: OwnedFd,
-    ram: Vec<OwnedFd>,
-}
-
-/// What the threads tell the main thread.
-enum Message {
-    Event(Value),
-    Done(usize, Outcome),
+    /// When it was there.
+    retrieved: u64,
 }
 
 impl Supervisor<'_> {
-    /// Restores all VMs. Returns when nothing is left to hold: with VMs that are kept, that is never.
-    pub fn supervise(&self, session: Option<IncomingSession>) -> anyhow::Result<u8> {
+    /// Restores all VMs. Returns when nothing is left to hold: where VMs are kept, that may be never. It is called as long as this
+    /// process has one thread.
+    pub fn supervise(&self, signals: Signals, session: Option<IncomingSession>) -> anyhow::Result<u8> {
         let begun = Instant::now();
         self.dir.create()?;
         let lock = self.lock(session.is_some())?;
-        let Some(HandedOver { index, sessions, session }) = self.retrieve(session)? else {
+        // What can fail is done before there is anything to lose.
+        let ledger = Ledger::new(MOST_VMS).context("cannot keep the record of who has run")?;
+        let Some(handed_over) = self.retrieve(session)? else {
             (self.relay)(&json!({"event": "result", "result": "nothing", "vms": []}));
             return Ok(status::NOTHING_HANDED_OVER);
         };
-        let mut timeline = index.timeline.clone();
-        timeline.mark(Phase::InitReached, self.init_reached);
-        timeline.mark(Phase::IndexRetrieved, arch::counter());
-        (self.relay)(&json!({
-            "event": "phase", "phase": Phase::IndexRetrieved.name(), "ms": elapsed_ms(begun),
-            "counter": timeline.counter(Phase::IndexRetrieved), "vms": index.vms.len(), "kernel_from": index.kernel,
-            "generation": index.generation,
-        }));
-        // Before any VM comes back, as what a VM is restored with reads this clock.
-        let ms = [("ms".to_owned(), json!(elapsed_ms(begun)))].into_iter().collect();
-        (self.relay)(&with_fields(clock::settle(&index, self.set_clock), ms));
-        let outcomes = self.restore_all(begun, &index, sessions, &timeline);
-        let result = result(&index, &timeline, &outcomes);
-        if outcomes.iter().any(|outcome| outcome.result.is_err()) {
-            (self.relay)(&result);
-            // The memory of kept VMs lives as long as `outcomes`, the index as long as `session`.
-            loop {
-                std::thread::park();
+        let holder = std::process::id();
+        let status = match guardian::post(&ledger) {
+            Role::Guardian(status) => {
+                drop(handed_over);
+                status
             }
-        }
-        // The index last, and only when no VM needs it any more: it alone says which sessions there are. And as long as
-        // its session can be retrieved or is held, the next `vmm update` knows that this one is not finished.
-        session.finish()?;
+            Role::Worker(attempt) => return self.work(begun, signals, holder, handed_over, &ledger, Some(attempt)),
+            Role::Alone => self.work(begun, signals, holder, handed_over, &ledger, Some(1))?,
+            Role::Bereft => self.work(begun, signals, holder, handed_over, &ledger, None)?,
+        };
         // Whoever reads the result may start the next update at once.
         drop(lock);
-        (self.relay)(&result);
+        if let Some(result) = ledger.last_word().context("cannot read how it went")? {
+            (self.relay)(&serde_json::from_str(&result).context("cannot read how it went")?);
+        }
+        Ok(status)
+    }
+
+    /// Restores all VMs, or only keeps them, and leaves the result in the ledger.
+    fn work(
+        &self,
+        begun: Instant,
+        signals: Signals,
+        holder: u32,
+        handed_over: HandedOver,
+        ledger: &Ledger,
+        attempt: Option<u32>,
+    ) -> anyhow::Result<u8> {
+        // Whoever wants this process to end would end the VMs that are not running yet.
+        let watch = signals.watch(|signal| {
+            tracing::warn!("{} is ignored: guests' memory is held here that would be lost", signals::name(signal));
+            true
+        });
+        if let Err(error) = watch {
+            tracing::warn!(%error, "cannot watch for signals: they are held back");
+        }
+        // One that is not guarded is not to be harmed.
+        let fault = |phase| attempt.map_or(Ok(()), |_| fault::at(Process::Restore, phase, None));
+        fault(Phase::InitReached)?;
+        let HandedOver { index, sessions, session, retrieved } = handed_over;
+        let mut timeline = index.timeline.clone();
+        timeline.mark(Phase::InitReached, self.init_reached);
+        timeline.mark(Phase::IndexRetrieved, retrieved);
+        let common = Arc::new(Common {
+            dir: self.dir.clone(),
+            log: self.log,
+            detached: self.detached,
+            begun,
+            generation: index.generation,
+            holder,
+        });
+        (self.relay)(&json!({
+            "event": "phase", "phase": Phase::IndexRetrieved.name(), "ms": common.elapsed_ms(),
+            "counter": timeline.counter(Phase::IndexRetrieved), "vms": index.vms.len(), "kernel_from": index.kernel,
+            "generation": index.generation, "attempt": attempt,
+        }));
+        fault(Phase::IndexRetrieved)?;
+        if attempt == Some(1) {
+            // Before any VM comes back, as what a VM is restored with reads this clock.
+            let ms = [("ms".to_owned(), json!(common.elapsed_ms()))].into_iter().collect();
+            (self.relay)(&with_fields(clock::settle(&index, self.set_clock), ms));
+        }
+        let mut outcomes = self.restore_all(&common, &index, sessions, ledger, &timeline, attempt.is_some());
+        if outcomes.iter().any(|outcome| outcome.fate.is_kept()) {
+            (self.relay)(&result(&index, &timeline, &outcomes));
+            outcomes = keeper::keep(self.dir, outcomes);
+        }
+        let result = result(&index, &timeline, &outcomes);
+        // The index last, and only when no VM needs it any more: it alone says which sessions there are. And as long as
+        // its session can be retrieved or is held, the next `vmm update` knows that this one is not finished.
+        if let Err(error) = session.finish() {
+            tracing::error!(error = %chain(&error), "cannot finish the session of the index");
+        }
+        ledger.set_last_word(&result.to_string()).context("cannot tell how it went")?;
         Ok(status::DONE)
     }
 
@@ -132,7 +155,7 @@ impl Supervisor<'_> {
     fn lock(&self, insist: bool) -> Result<WorkLock, SocketError> {
         loop {
             match self.dir.exclusive("restore") {
-                Err(SocketError::Busy { .. }) if insist => std::thread::sleep(Duration::from_millis(100)),
+                Err(SocketError::Busy { .. }) if insist => thread::sleep(Duration::from_millis(100)),
                 other => return other,
             }
         }
@@ -156,61 +179,62 @@ impl Supervisor<'_> {
                 }));
                 // To end would free the index, and let an update go ahead that loses the rest.
                 loop {
-                    std::thread::park();
+                    thread::park();
                 }
             }
         };
         let sessions = index.vms.iter().map(|vm| device.retrieve_session(&vm.session)).collect();
         // The device is free for others again here; the sessions outlive it.
-        Ok(Some(HandedOver { index, sessions, session }))
+        Ok(Some(HandedOver { index, sessions, session, retrieved: arch::counter() }))
     }
 
     /// All VMs at once, each in a thread of its own.
     fn restore_all(
         &self,
-        begun: Instant,
+        common: &Arc<Common>,
         index: &IndexV2,
         sessions: Vec<Result<IncomingSession, LuoError>>,
+        ledger: &Ledger,
         timeline: &TimelineV3,
+        now: bool,
     ) -> Vec<Outcome> {
         let (sender, inbox) = mpsc::channel();
         let mut outcomes: Vec<Option<Outcome>> = index.vms.iter().map(|_| None).collect();
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for (number, (vm, session)) in index.vms.iter().zip(sessions).enumerate() {
-                let sender = sender.clone();
                 let mut timeline = timeline.clone();
                 timeline.merge(&vm.marks);
-                let (dir, log, detached) = (self.dir, self.log, self.detached);
                 let work = Work {
-                    dir,
-                    log,
-                    detached,
-                    begun,
-                    vm,
-                    generation: index.generation,
+                    common: Arc::clone(common),
+                    vm: vm.clone(),
                     timeline,
-                    attempts: 0,
                     frames: None,
+                    record: ledger.record(number),
                     events: sender.clone(),
                 };
                 // In a slot, as a closure that finds no thread to run it would take the session with it, and the session
                 // the guest's memory.
                 let slot = Arc::new(Mutex::new(Some((work, session))));
                 let (theirs, answer) = (Arc::clone(&slot), sender.clone());
-                let thread = std::thread::Builder::new().name(format!("vm {}", vm.name));
-                let spawned = thread.spawn_scoped(scope, move || carry_out(&theirs, number, &answer));
+                let thread = thread::Builder::new().name(format!("vm {}", vm.name));
+                let spawned = thread.spawn_scoped(scope, move || carry_out(&theirs, number, &answer, now));
                 if let Err(error) = spawned {
                     tracing::warn!(%error, vm = vm.name, "no thread to restore it in: the others wait meanwhile");
-                    carry_out(&slot, number, &sender);
+                    carry_out(&slot, number, &sender, now);
                 }
             }
             drop(sender);
-            for message in inbox {
+            // Each work has a sender of its own, and comes with its outcome.
+            let mut left = index.vms.len();
+            while left > 0
+                && let Ok(message) = inbox.recv()
+            {
                 match message {
                     Message::Event(event) => (self.relay)(&event),
                     Message::Done(number, outcome) => {
+                        left -= 1;
                         if let Some(place) = outcomes.get_mut(number) {
-                            *place = Some(outcome);
+                            *place = Some(*outcome);
                         }
                     }
                 }
@@ -221,35 +245,21 @@ impl Supervisor<'_> {
 }
 
 /// One VM's work, until a thread takes it up.
-type Slot<'a> = Mutex<Option<(Work<'a>, Result<IncomingSession, LuoError>)>>;
+type Slot = Mutex<Option<(Work, Result<IncomingSession, LuoError>)>>;
 
 /// Does the work in the slot, unless another thread has.
-fn carry_out(slot: &Slot<'_>, number: usize, sender: &Sender<Message>) {
+fn carry_out(slot: &Slot, number: usize, sender: &Sender<Message>, now: bool) {
     let work = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some((work, session)) = work {
-        drop(sender.send(Message::Done(number, work.carry_out(session))));
+        let outcome = if now { work.carry_out(session) } else { work.keep(session) };
+        drop(sender.send(Message::Done(number, Box::new(outcome))));
     }
 }
 
 /// How it went.
 fn result(index: &IndexV2, timeline: &TimelineV3, outcomes: &[Outcome]) -> Value {
-    let vms: Vec<Value> = index
-        .vms
-        .iter()
-        .zip(outcomes)
-        .map(|(vm, outcome)| {
-            let (state, reason) = match &outcome.result {
-                Ok(()) => ("running", None),
-                Err(kept) => ("kept", Some(&kept.reason)),
-            };
-            let base = json!({
-                "name": vm.name, "state": state, "reason": reason, "attempts": outcome.attempts,
-                "document_bytes": vm.document_bytes, "frames": outcome.frames,
-            });
-            with_fields(base, timeline_fields(Some(&outcome.timeline)))
-        })
-        .collect();
-    let kept = outcomes.iter().any(|outcome| outcome.result.is_err());
+    let vms: Vec<Value> = outcomes.iter().map(Outcome::to_json).collect();
+    let kept = outcomes.iter().any(|outcome| outcome.fate.is_kept());
     let base = json!({
         "event": "result", "result": if kept { "kept" } else { "restored" }, "generation": index.generation,
         "kernel_from": index.kernel, "vms": vms,
@@ -265,189 +275,4 @@ fn read_index(session: &IncomingSession) -> anyhow::Result<IndexV2> {
     // to at given offsets. One byte more than allowed is enough to be refused.
     file.take(header::CAP as u64 + 1).read_to_end(&mut bytes).context("cannot read it")?;
     Ok(IndexV2::from_bytes(&bytes)?)
-}
-
-fn elapsed_ms(begun: Instant) -> f64 {
-    (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3
-}
-
-/// The restoring of one VM.
-struct Work<'a> {
-    dir: &'a RunDir,
-    log: LogArgs,
-    detached: bool,
-    begun: Instant,
-    vm: &'a IndexEntryV2,
-    generation: u64,
-    timeline: TimelineV3,
-    attempts: u32,
-    frames: Option<&'static str>,
-    events: Sender<Message>,
-}
-
-impl Work<'_> {
-    fn tell(&self, event: Value) {
-        let more = [("vm".to_owned(), json!(self.vm.name)), ("ms".to_owned(), json!(elapsed_ms(self.begun)))];
-        drop(self.events.send(Message::Event(with_fields(event, more.into_iter().collect()))));
-    }
-
-    fn carry_out(mut self, session: Result<IncomingSession, LuoError>) -> Outcome {
-        KeptVm::clear(self.dir, &self.vm.name);
-        let result = match session {
-            Ok(session) => self.restore(session),
-            Err(error) => Err(Kept { reason: chain(&error), _session: None, _files: None }),
-        };
-        if let Err(kept) = &result {
-            self.tell(json!({"event": "kept", "reason": kept.reason}));
-            let note = KeptVm {
-                name: self.vm.name.clone(),
-                reason: kept.reason.clone(),
-                pid: std::process::id(),
-                attempts: self.attempts,
-                memory: self.vm.ram.iter().map(|(_, size)| size).sum(),
-                generation: self.generation,
-            };
-            if let Err(error) = note.write(self.dir) {
-                tracing::error!(%error, vm = self.vm.name, "cannot leave a note that this VM is kept");
-            }
-        }
-        Outcome { attempts: self.attempts, timeline: self.timeline, frames: self.frames, result }
-    }
-
-    fn restore(&mut self, session: IncomingSession) -> Result<(), Kept> {
-        // Its process starts, decodes the document and opens what its devices need while the memory is retrieved: all of that takes
-        // time, inside the blackout.
-        let mut process = Some(self.start(1));
-        let files = match self.retrieve(&session, process.as_ref()) {
-            Ok(files) => files,
-            Err(reason) => return Err(Kept { reason, _session: Some(session), _files: None }),
-        };
-        self.timeline.mark(Phase::FilesRetrieved, arch::counter());
-        self.tell(json!({
-            "event": "phase", "phase": Phase::FilesRetrieved.name(),
-            "counter": self.timeline.counter(Phase::FilesRetrieved),
-        }));
-        if fault::requested("restore.memory-retrieved", Some(&self.vm.name)) == Some(Action::Flip)
-            && let Some((memory, size)) = self.ram(&files).next()
-            && let Err(error) = fault::spoil(memory, size)
-        {
-            tracing::error!(%error, "cannot spoil the memory");
-        }
-        if let Some(content) = self.vm.content
-            && let Err(reason) = self.check_digest(content, &files)
-        {
-            return Err(Kept { reason, _session: Some(session), _files: Some(files) });
-        }
-        let mut reason = String::new();
-        for attempt in 1..=ATTEMPTS {
-            self.attempts = attempt;
-            let started = process.take().unwrap_or_else(|| {
-                self.start(attempt).inspect(|process| process.announce(&self.handover(attempt), &files.state))
-            });
-            reason = match started.map(|process| self.try_once(process, &files)) {
-                Ok(Ok(())) => {
-                    self.compare_frames(&files);
-                    self.finish(session);
-                    return Ok(());
-                }
-                Ok(Err(End::Refused(reason))) => {
-                    return Err(Kept { reason, _session: Some(session), _files: Some(files) });
-                }
-                Ok(Err(End::Died(reason))) | Err(reason) => reason,
-            };
-            self.tell(json!({"event": "attempt-failed", "attempt": attempt, "reason": reason}));
-        }
-        let reason = format!("{ATTEMPTS} attempts failed, the last one: {reason}");
-        Err(Kept { reason, _session: Some(session), _files: Some(files) })
-    }
-
-    fn start(&self, attempt: u32) -> Result<VmProcess, String> {
-        VmProcess::start(self.dir, &self.vm.name, attempt, self.log, self.detached)
-            .map_err(|error| format!("cannot start its process: {error}"))
-    }
-
-    fn handover(&self, attempt: u32) -> Handover {
-        Handover { name: self.vm.name.clone(), attempt }
-    }
-
-    fn retrieve(
-        &self,
-        session: &IncomingSession,
-        process: Option<&Result<VmProcess, String>>,
-    ) -> Result<Files, String> {
-        fault::at_vm("restore.files-retrieved", Some(&self.vm.name)).map_err(|error| error.to_string())?;
-        // All of it before anything is judged, so that whatever can be kept is kept. A file that fails is lost.
-        let state = session.retrieve(self.vm.state_token);
-        if let (Ok(state), Some(Ok(process))) = (&state, process) {
-            process.announce(&self.handover(1), state);
-        }
-        let ram: Vec<_> = self.vm.ram.iter().map(|&(token, _)| session.retrieve(token)).collect();
-        let ram: Result<Vec<OwnedFd>, LuoError> = ram.into_iter().collect();
-        match (state, ram) {
-            (Ok(state), Ok(ram)) => Ok(Files { state, ram }),
-            (Err(error), _) | (_, Err(error)) => Err(chain(&error)),
-        }
-    }
-
-    fn try_once(&mut self, process: VmProcess, files: &Files) -> Result<(), End> {
-        let ram = self.vm.ram.iter().map(|&(token, size)| RamFile { token, size }).collect();
-        let marks = process.hand_over(&Memory::new(&self.timeline, ram), &files.ram)?;
-        for (phase, counter) in known_marks(&marks) {
-            self.timeline.mark(phase, counter);
-        }
-        self.tell(json!({"event": "running", "attempt": self.attempts, "blackout_ms": self.timeline.blackout_ms()}));
-        Ok(())
-    }
-
-    /// Whether the memory is what it was when the guest was frozen: nothing has run in it yet.
-    fn check_digest(&mut self, content: u64, files: &Files) -> Result<(), String> {
-        let found = digest(self.ram(files)).map_err(|error| format!("its memory cannot be read: {error}"))?;
-        self.timeline.mark(Phase::DigestChecked, arch::counter());
-        self.tell(json!({
-            "event": "phase", "phase": Phase::DigestChecked.name(),
-            "counter": self.timeline.counter(Phase::DigestChecked),
-        }));
-        match found == content {
-            true => Ok(()),
-            false => {
-                Err(format!("its memory is not what it was: its checksum was {content:#018x} and is {found:#018x}"))
-            }
-        }
-    }
-
-    fn ram<'a>(&self, files: &'a Files) -> impl Iterator<Item = (&'a OwnedFd, u64)> {
-        files.ram.iter().zip(self.vm.ram.iter().map(|(_, size)| *size).collect::<Vec<_>>())
-    }
-
-    /// Whether the memory is where it was. The guest runs meanwhile, whom that does not concern.
-    fn compare_frames(&mut self, files: &Files) {
-        let Some(before) = self.vm.frames else { return };
-        let begun = Instant::now();
-        let look = || {
-            let mut frames = Frames::default();
-            for (file, size) in self.ram(files) {
-                frames.add(&proof::frames(file, size)?);
-            }
-            Ok(frames.checksum())
-        };
-        let found: Result<u64, ProofError> = look();
-        let (word, reason) = match found {
-            Ok(after) if after == before => ("same", None),
-            Ok(_) => ("moved", Some("the next kernel has it in other frames".to_owned())),
-            Err(error) => ("unknown", Some(chain(&error))),
-        };
-        if let Some(reason) = &reason {
-            tracing::warn!(vm = self.vm.name, "where its memory is: {reason}");
-        }
-        self.frames = Some(word);
-        self.tell(json!({"event": "frames", "result": word, "reason": reason, "took_ms": elapsed_ms(begun)}));
-    }
-
-    /// The VM runs, and has its memory open itself: the handover is over.
-    fn finish(&self, session: IncomingSession) {
-        if let Err(error) = session.finish() {
-            // The session is closed all the same, which the kernel takes for the same.
-            tracing::error!(error = %chain(&error), vm = self.vm.name, "cannot finish its session");
-        }
-    }
 }

@@ -9,17 +9,20 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use kho_abi::document::timeline::Phase;
+
 use super::{inherit, vmm};
 use crate::cli::LogArgs;
 use crate::control::interface::Mark;
 use crate::control::server::chain;
 use crate::control::socket::RunDir;
-use crate::fault;
+use crate::fault::{self, Process};
 use crate::handover::channel::{self, ChannelError, Event, Events, Handover, Memory};
+use crate::handover::ledger::Record;
 
 /// How long a VM may take to run its first instruction. It takes a fraction of a second; one that is stuck is killed,
 /// which is safe as long as it has not said that its guest runs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How it ends when the guest does not run.
 pub enum End {
@@ -31,6 +34,7 @@ pub enum End {
 
 /// A process that waits for its VM. Dropped before it has one, it is ended.
 pub struct VmProcess {
+    name: String,
     child: Option<Child>,
     channel: UnixStream,
 }
@@ -54,7 +58,12 @@ impl VmProcess {
         let child = command.spawn()?;
         // Ours goes here, so that the end of the process is the end of the channel.
         drop(theirs);
-        Ok(Self { child: Some(child), channel })
+        Ok(Self { name: name.to_owned(), child: Some(child), channel })
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, Child::id)
     }
 
     /// Tells it which VM it is to be, and gives it its state, so that it gets ready for the memory. Whether it has ended meanwhile
@@ -66,8 +75,8 @@ impl VmProcess {
     }
 
     /// Hands the memory over and waits until the guest is about to run. Returns the marks that the process has set.
-    pub fn hand_over(mut self, memory: &Memory, ram: &[OwnedFd]) -> Result<Vec<Mark>, End> {
-        let said = match channel::send_memory(&self.channel, memory, ram) {
+    pub fn hand_over(mut self, memory: &Memory, ram: &[OwnedFd], record: &Record) -> Result<Vec<Mark>, End> {
+        let said = match channel::send_memory(&self.channel, memory, ram, record) {
             Ok(()) => self.listen(),
             // It has ended before it got that far, and may have said why.
             Err(error) if error.is_gone() => self.listen(),
@@ -86,8 +95,8 @@ impl VmProcess {
             Err(End::Died(reason)) => {
                 // Waited for, not only told: as long as it lives it has the VM's name and memory.
                 let status = self.end();
-                // Between our last look and its end it may have got that far.
-                if self.has_run() {
+                // Before its end it may have got that far. Where that is not known, it counts as if.
+                if record.has_run().unwrap_or(true) {
                     let reason = format!("its guest had begun to run when its process was ended: {reason} ({status})");
                     return Err(End::Refused(reason));
                 }
@@ -107,11 +116,19 @@ impl VmProcess {
                 .set_read_timeout(Some(left))
                 .map_err(|source| died(ChannelError::Io { operation: "set a time-out on", source }))?;
             match events.next() {
-                Ok(Some(Event::FirstInstruction { marks })) => return Ok(marks),
+                Ok(Some(Event::FirstInstruction { marks })) => {
+                    if let Err(error) = fault::at(Process::Restore, Phase::FirstInstruction, Some(&self.name)) {
+                        tracing::error!(%error, "it is too late for that");
+                    }
+                    return Ok(marks);
+                }
                 Ok(Some(Event::Refused { reason })) => return Err(End::Refused(reason)),
                 Ok(Some(Event::Failed { reason: said })) => reason = Some(said),
-                Ok(Some(Event::MachineBuilt)) => {}
-                // Only now is it sure that it has not said `first-instruction` and will not.
+                Ok(Some(Event::MachineBuilt)) => {
+                    fault::at(Process::Restore, Phase::MachineBuilt, Some(&self.name))
+                        .map_err(|error| End::Died(error.to_string()))?;
+                    channel::send_go(&self.channel).map_err(died)?;
+                }
                 Ok(None) => {
                     let unsaid = || "its process ended before the first instruction".to_owned();
                     return Err(End::Died(reason.unwrap_or_else(unsaid)));
@@ -124,17 +141,6 @@ impl VmProcess {
                 Err(error) => return Err(died(error)),
             }
         }
-    }
-
-    /// Whether a process that has ended had said that its guest runs. Then it may never be started again.
-    fn has_run(&self) -> bool {
-        let mut events = Events::new(&self.channel);
-        while let Ok(Some(event)) = events.next() {
-            if matches!(event, Event::FirstInstruction { .. }) {
-                return true;
-            }
-        }
-        false
     }
 
     /// Leaves a running VM to itself, and only notes its end.

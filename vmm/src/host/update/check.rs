@@ -6,13 +6,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::left_behind::LeftBehind;
 use crate::arch;
 use crate::cli::{NextKernelArgs, UpdateArgs};
 use crate::control::client::{Client, ClientError};
 use crate::control::interface::{MachineState, MachineStatus};
 use crate::control::socket::{RunDir, SocketError, WorkLock};
 use crate::handover::luo::{Device, LuoError};
-use crate::host::check::{Finding, NAMES, Verdict, machines, next_kernel, this_host};
+use crate::host::check::{Finding, NAMES, Verdict, machines, next_kernel, strays, this_host};
 use crate::host::kept::KeptVm;
 use crate::host::restore;
 
@@ -143,6 +144,8 @@ pub struct Checked {
     pub frequency_hz: u64,
     /// The VMs.
     pub vms: Vec<Candidate>,
+    /// Those that do not take part.
+    pub left_behind: Vec<LeftBehind>,
     /// Keep others away.
     pub locks: Locks,
 }
@@ -182,10 +185,12 @@ pub fn check(dir: &RunDir, arguments: &UpdateArgs) -> Result<Checked, CheckError
             });
         }
     }
-    let vms = candidates(dir, arguments.timeout)?;
-    refuse(machines::check(dir), &arguments.force)?;
+    let vms = candidates(dir, arguments)?;
+    refuse(machines::check(dir, &arguments.skip), &arguments.force)?;
+    refuse(strays::check(dir), &arguments.force)?;
+    let left_behind = arguments.skip.iter().map(|name| LeftBehind::new(dir, name, arguments.timeout)).collect();
     let files = Files { kernel, initrd, command_line };
-    Ok(Checked { files, device, frequency_hz, vms, locks: Locks { _update: update, _restore: restore } })
+    Ok(Checked { files, device, frequency_hz, vms, left_behind, locks: Locks { _update: update, _restore: restore } })
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, CheckError> {
@@ -231,11 +236,16 @@ fn reusable(text: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// Every VM of this host takes part: one that did not would die with the kernel.
-fn candidates(dir: &RunDir, limit: Duration) -> Result<Vec<Candidate>, CheckError> {
+/// Every VM of this host takes part, as one that does not dies with the kernel; so whoever leaves one out has to name it.
+fn candidates(dir: &RunDir, arguments: &UpdateArgs) -> Result<Vec<Candidate>, CheckError> {
+    let UpdateArgs { timeout: limit, skip, .. } = arguments;
+    let names = dir.names("sock");
+    if let Some(name) = skip.iter().find(|name| !names.contains(name)) {
+        return Err(ClientError::NotThere { name: name.clone() }.into());
+    }
     let mut vms = Vec::new();
-    for name in dir.names("sock") {
-        let connected = Client::connect(dir, &name, limit)
+    for name in names.into_iter().filter(|name| !skip.contains(name)) {
+        let connected = Client::connect(dir, &name, *limit)
             .and_then(|mut client| Ok(Candidate { status: client.status()?, client }));
         let vm = match connected {
             Ok(vm) => vm,
@@ -270,6 +280,7 @@ mod tests {
                 reuse_cmdline: false,
             },
             force: Vec::new(),
+            skip: Vec::new(),
             prove: false,
             digest: false,
             timeout: Duration::from_secs(1),

@@ -15,8 +15,8 @@ use kho_abi::document::timeline::{Phase, TimelineV3};
 use super::check::Candidate;
 use crate::arch;
 use crate::control::client::{Client, ClientError, Watch};
-use crate::control::interface::{MachineState, known_marks};
-use crate::fault::{self, Action};
+use crate::control::interface::{MachineState, MachineStatus, known_marks};
+use crate::fault::{self, Process};
 use crate::handover::luo::{Device, OutgoingSession};
 use crate::host::digest::digest;
 use crate::host::proof::{Map, Proven};
@@ -61,6 +61,8 @@ pub enum Done {
         /// When it happened.
         marks: Vec<(Phase, u64)>,
     },
+    /// The guest has ended by itself, and takes no part any more.
+    Ended,
     /// All of its memory is preserved.
     Proven(Proven),
     /// Its memory has this checksum.
@@ -84,6 +86,8 @@ pub struct Worker {
     pub watch: Watch,
     /// What the index will say about it, once it is prepared.
     pub entry: Option<IndexEntryV2>,
+    /// Whether the guest has ended by itself meanwhile.
+    pub ended: bool,
     commands: Sender<Command>,
 }
 
@@ -98,9 +102,9 @@ impl Worker {
         let (commands, inbox) = mpsc::channel();
         let watch = client.watch().try_clone()?;
         let name = status.name;
-        let work = Work { name: name.clone(), frequency_hz, client, preserved: None };
+        let work = Work { name: name.clone(), frequency_hz, client, preserved: None, ended: false };
         std::thread::Builder::new().name(format!("vm {name}")).spawn(move || work.run(&inbox, tell))?;
-        Ok(Self { name, watch, entry: None, commands })
+        Ok(Self { name, watch, entry: None, ended: false, commands })
     }
 
     /// Gives it something to do. One that has ended has said so.
@@ -115,6 +119,7 @@ struct Work {
     frequency_hz: u64,
     client: Client,
     preserved: Option<Preserved>,
+    ended: bool,
 }
 
 /// What is to outlive this kernel. All of it is held until the reboot: a session that is closed gives up its files.
@@ -129,14 +134,26 @@ impl Work {
     fn run(mut self, inbox: &Receiver<Command>, tell: impl Fn(Result<Done, anyhow::Error>)) {
         let mut gone = false;
         loop {
-            match inbox.recv_timeout(LOOK) {
+            let command = inbox.recv_timeout(LOOK);
+            if self.ended {
+                match command {
+                    Ok(Command::Undo) => tell(Ok(Done::Released)),
+                    Ok(_) => tell(Ok(Done::Ended)),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+                continue;
+            }
+            match command {
                 Ok(Command::Prepare { lease, device, limit }) => {
                     self.client.set_limit(limit);
-                    tell(self.prepare(lease, &device));
+                    let done = self.prepare(lease, &device);
+                    tell(self.unless_ended(done));
                 }
                 Ok(Command::Freeze { generation, limit }) => {
                     self.client.set_limit(limit);
-                    tell(self.freeze(generation));
+                    let done = self.freeze(generation);
+                    tell(self.unless_ended(done));
                 }
                 Ok(Command::Prove(map)) => tell(self.prove(&map)),
                 Ok(Command::Digest) => tell(self.digest()),
@@ -157,6 +174,20 @@ impl Work {
         }
     }
 
+    /// A guest that ends by itself is no failure. Its process waits to be asked; then it is let go, and its files are given up.
+    fn unless_ended(&mut self, done: Result<Done, anyhow::Error>) -> Result<Done, anyhow::Error> {
+        let ended = |vm: MachineStatus| vm.state == MachineState::Ended;
+        if done.is_ok() || !self.client.status().is_ok_and(ended) {
+            return done;
+        }
+        if let Err(error) = self.client.thaw() {
+            tracing::debug!(%error, vm = self.name, "it has ended, and does not answer");
+        }
+        self.preserved = None;
+        self.ended = true;
+        Ok(Done::Ended)
+    }
+
     fn prepare(&mut self, lease: OwnedFd, device: &Device) -> Result<Done, anyhow::Error> {
         let (prepared, files) = self.client.prepare(lease)?;
         let session_name = kho_abi::names::session_name(&self.name).context("no session can have its name")?;
@@ -167,7 +198,7 @@ impl Work {
         session.preserve(prepared.state_token, state.as_fd())?;
         for (range, file) in prepared.ram.iter().zip(&ram_files) {
             // As if it had been forgotten: no session would know that it is a guest's memory.
-            if fault::requested("update.memory-preserved", Some(&self.name)) != Some(Action::Flip) {
+            if !fault::is_flipped(Process::Update, Phase::Prepared, Some(&self.name)) {
                 session.preserve(range.token, file.as_fd())?;
             }
         }
@@ -196,8 +227,7 @@ impl Work {
         let state = std::fs::File::from(preserved.state.try_clone()?);
         state.read_exact_at(&mut document, 0).context("cannot read its document back")?;
         header::open(&document).context("its document is incomplete")?;
-        fault::at_vm("update.checked", Some(&self.name))?;
-        if fault::requested("update.checked", Some(&self.name)) == Some(Action::Flip) {
+        if fault::is_flipped(Process::Update, Phase::DocumentWritten, Some(&self.name)) {
             fault::spoil(&preserved.state, document_bytes)?;
         }
         Ok(Done::Frozen { document_bytes, marks: known_marks(&frozen.marks) })

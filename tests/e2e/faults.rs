@@ -1,0 +1,317 @@
+//! A fault at every phase of a live update, in every process that reaches it: no guest is lost, and none runs twice.
+use anyhow::{Context, Result, bail, ensure};
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use std::time::SystemTime;
+use tests::architecture::Architecture;
+use tests::check;
+use tests::guests::{Guest, Running, await_beats};
+use tests::host::{Ended, Host, HostConfig, PATIENCE, Side};
+use tests::operator::{self, Update};
+
+mod before_commit {
+    use super::*;
+    on_one_architecture! { aarch64, no_fault_at_any_phase_before_the_reboot_harms_a_guest }
+}
+mod random {
+    use super::*;
+    on_one_architecture! { aarch64, random_faults_at_random_phases_lose_no_guest }
+}
+mod endings {
+    use super::*;
+    on_one_architecture! { aarch64, a_guest_that_ends_under_an_update_ends_once_and_the_others_go_on }
+}
+mod after_commit {
+    use super::*;
+    on_one_architecture! { aarch64, no_fault_at_any_phase_after_the_reboot_loses_a_guest }
+}
+
+const SIGKILL: i32 = 9;
+const SIGTERM: i32 = 15;
+
+/// Something that can be asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fault {
+    process: String,
+    phase: String,
+    action: String,
+}
+
+impl Fault {
+    fn point(&self) -> String {
+        format!("{}.{}", self.process, self.phase)
+    }
+
+    /// As the variable has it, for one VM, or for all.
+    fn entry(&self, vm: Option<&str>) -> String {
+        let vm = vm.map_or_else(String::new, |vm| format!("/{vm}"));
+        format!("{}{vm}={}", self.point(), self.action)
+    }
+
+    /// Whether it happens on behalf of no VM.
+    fn concerns_all(&self) -> bool {
+        ["init-reached", "index-retrieved"].contains(&self.phase.as_str())
+    }
+
+    /// Whether it concerns the time before the host's kernel is left.
+    fn is_before_commit(&self) -> bool {
+        let on_the_way_in = ["machine-built", "first-instruction"].contains(&self.phase.as_str());
+        self.process == "update" || (self.process == "vm" && !on_the_way_in)
+    }
+}
+
+/// All that can be asked for, as the program itself tells it.
+fn faults(host: &mut Host) -> Result<Vec<Fault>> {
+    let said = host.run(&["vmm", "faults"])?.success()?;
+    let points: serde_json::Value = serde_json::from_str(&said.stdout)?;
+    let mut faults = Vec::new();
+    for point in points.as_array().context("no list of faults")? {
+        let text = |key: &str| point[key].as_str().map(str::to_owned).context("a fault without a name");
+        for action in point["actions"].as_array().into_iter().flatten().filter_map(|action| action.as_str()) {
+            faults.push(Fault { process: text("process")?, phase: text("phase")?, action: action.to_owned() });
+        }
+    }
+    Ok(faults)
+}
+
+fn no_fault_at_any_phase_before_the_reboot_harms_a_guest(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("faults-before", architecture, 1024)?, |host| {
+        let mut survivor = Guest::oracle("survivor", 64).start(host)?;
+        survivor.await_beats(host, 1)?;
+        let faults = faults(host)?;
+        let boots = host.boots();
+        for fault in faults.iter().filter(|fault| fault.is_before_commit()) {
+            let outcome = match fault.process.as_str() {
+                "vm" => in_a_vm(host, fault),
+                _ => in_the_update(host, fault),
+            };
+            outcome.with_context(|| format!("{fault:?}"))?;
+            ensure!(host.boots() == boots, "{fault:?}: the host changed its kernel");
+            survivor.await_beats(host, 1).with_context(|| format!("after {fault:?}"))?;
+            let status = operator::status(host, "survivor")?;
+            ensure!(status["state"] == "running", "after {fault:?}: {status}");
+        }
+        operator::live_update_of_all(host, Side::Newer, &Update::default())?;
+        survivor.await_beats(host, 2)
+    })
+}
+
+fn in_the_update(host: &mut Host, fault: &Fault) -> Result<()> {
+    let entry = match (fault.action.as_str(), fault.phase.as_str()) {
+        // The document is bad: it is for the next kernel to find that.
+        ("flip", "document-written") => return Ok(()),
+        ("flip", _) => fault.entry(Some("survivor")),
+        _ => fault.entry(None),
+    };
+    let env = [("KHO_VMM_FAULT", entry.as_str())];
+    let options: &[&str] = if fault.phase == "memory-digested" { &["--digest"] } else { &[] };
+    let process =
+        operator::start_update(host, Side::Newer, "unexpected", &Update { env: &env, options, ..Update::default() })?;
+    if fault.action == "stall" {
+        // Somebody has seen enough of it.
+        host.wait_until("the update to stall", PATIENCE, |host| {
+            ensure!(!host.has_ended(&process)?, "it has ended");
+            Ok(host.stderr(&process)?.contains(&format!("a stall at {}", fault.point())).then_some(()))
+        })?;
+        host.signal(process.pid, SIGTERM)?;
+    }
+    let said = host.wait(&process)?;
+    if fault.action == "kill" {
+        ensure!(said.signal == Some(SIGKILL), "{said}");
+        return Ok(());
+    }
+    let reason = failure(&said)?;
+    let wanted = match fault.action.as_str() {
+        "fail" => fault.point(),
+        "stall" => "SIGTERM".to_owned(),
+        "flip" => "is not preserved".to_owned(),
+        other => bail!("{other} is not known here"),
+    };
+    ensure!(reason.contains(&wanted), "{said}");
+    Ok(())
+}
+
+fn in_a_vm(host: &mut Host, fault: &Fault) -> Result<()> {
+    let entry = fault.entry(None);
+    let mut culprit = Guest::oracle("culprit", 64).start_with(host, &[("KHO_VMM_FAULT", &entry)])?;
+    culprit.await_beats(host, 1)?;
+    let options = &["--timeout", "5", "--prepare-timeout", "5"];
+    let process = operator::start_update(host, Side::Newer, "unexpected", &Update { options, ..Update::default() })?;
+    let said = host.wait(&process)?;
+    let reason = failure(&said)?;
+    ensure!(reason.contains("culprit"), "{said}");
+    if fault.action == "kill" {
+        let ended = host.wait(&culprit.process)?;
+        ensure!(ended.signal == Some(SIGKILL), "{ended}");
+        return Ok(());
+    }
+    culprit.await_beats(host, 1)?;
+    host.run(&["vmm", "stop", "culprit"])?.success()?;
+    ensure!(culprit.status(host)? == operator::STOPPED, "the culprit did not stop");
+    Ok(())
+}
+
+fn a_guest_that_ends_under_an_update_ends_once_and_the_others_go_on(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("ends-meanwhile", architecture, 1024)?, |host| {
+        let mut other = Guest::oracle("other", 64).start(host)?;
+        other.await_beats(host, 1)?;
+        // Its process takes its time, in which the guest comes to its end: while its memory is being preserved, and when it is to
+        // stand still.
+        for (number, phase) in ["prepared", "pause-asked"].into_iter().enumerate() {
+            let stall = format!("vm.{phase}=stall");
+            let leaver = Guest::oracle("leaver", 64).with("lines=14 end=reset");
+            let mut leaver = leaver.start_with(host, &[("KHO_VMM_FAULT", &stall)])?;
+            leaver.await_beats(host, 1)?;
+            let (boots, output) = (host.boots(), format!("ends-{number}"));
+            let options: &[&str] = if number == 0 { &["--rehearse"] } else { &[] };
+            let update = Update { options, ..Update::default() };
+            let process = operator::start_update(host, Side::Newer, &output, &update)?;
+            leaver.await_end(host)?;
+            let said = if number == 0 {
+                let said = host.wait(&process)?.success()?;
+                ensure!(leaver.status(host)? == operator::GUEST_RESET, "it did not end by its reset");
+                said.stdout
+            } else {
+                let (restored, ended) = operator::await_restore(host, Side::Newer, boots, &process, &output)?;
+                ensure!(ended.code == Some(0) && restored.vms.len() == 1, "{ended}");
+                host.stdout(&process)?
+            };
+            let told = said.lines().any(|line| line.contains("\"ended\"") && line.contains("leaver"));
+            ensure!(told, "the update did not notice: {said}");
+            other.await_beats(host, 2)?;
+        }
+        let names = operator::list(host)?;
+        ensure!(names.len() == 1 && names[0]["name"] == "other", "{names:?}");
+        Ok(())
+    })
+}
+
+/// Why an update has failed.
+fn failure(said: &Ended) -> Result<String> {
+    ensure!(said.code == Some(1), "{said}");
+    let result = operator::result_line(&said.stdout)?;
+    ensure!(result["result"] == "failed", "{said}");
+    Ok(result["error"].as_str().unwrap_or_default().to_owned())
+}
+
+fn no_fault_at_any_phase_after_the_reboot_loses_a_guest(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("faults-after", architecture, 1024)?, |host| {
+        let mut guests = [Guest::oracle("first", 64).start(host)?, Guest::oracle("second", 64).start(host)?];
+        await_beats(host, &mut guests, 2)?;
+        let faults = faults(host)?;
+        let wanted = |fault: &&Fault| {
+            let tried =
+                fault.action == "kill" || fault.action == "fail" || (fault.action == "stall" && check::is_full());
+            !fault.is_before_commit() && tried
+        };
+        let (vm, restore): (Vec<&Fault>, Vec<&Fault>) =
+            faults.iter().filter(wanted).partition(|fault| fault.process == "vm");
+        ensure!(vm.len() >= 4 && restore.len() >= 11, "these are not all: {faults:?}");
+        // Of three attempts two may fail: each takes two faults.
+        let mut sides = [Side::Newer, Side::Older].into_iter().cycle();
+        for pair in restore.chunks(2).chain(vm.chunks(2)) {
+            let entry = |(number, fault): (usize, &&Fault)| {
+                let vm = (!fault.concerns_all()).then_some("first");
+                format!("{}@{}", fault.entry(vm), number + 1)
+            };
+            let entries: Vec<String> = pair.iter().enumerate().map(entry).collect();
+            let append = format!("KHO_VMM_FAULT={}", entries.join(","));
+            let side = sides.next().context("a cycle has an end")?;
+            update(host, side, &append, &mut guests).with_context(|| append.clone())?;
+        }
+        // And one fault too many: it is kept, by whoever has held it all the time, until somebody asks for it.
+        let entries = [1, 2, 3].map(|attempt| format!("restore.files-retrieved/first=kill@{attempt}"));
+        let append = format!("KHO_VMM_FAULT={}", entries.join(","));
+        let side = sides.next().context("a cycle has an end")?;
+        let (restored, ended) = operator::live_update(host, side, &Update { append: &append, ..Update::default() })?;
+        ensure!(ended.code == Some(operator::KEPT) && restored.vm("first")?.state == "kept", "{ended}");
+        for vm in restored.vms.iter().filter(|vm| vm.state == "kept") {
+            host.run(&["vmm", "restore", &vm.name])?.success()?;
+        }
+        await_beats(host, &mut guests, 2)?;
+        let side = sides.next().context("a cycle has an end")?;
+        operator::live_update_of_all(host, side, &Update::default())?;
+        await_beats(host, &mut guests, 2)
+    })
+}
+
+/// How many updates, and of how many guests: 200 updates of eight guests take hours in an emulated host.
+fn size() -> (u32, u32) {
+    if check::is_full() { (200, 8) } else { (20, 3) }
+}
+
+fn random_faults_at_random_phases_lose_no_guest(architecture: Architecture) -> Result<()> {
+    /// Chooses the seed, to see again what was seen.
+    const SEED: &str = "KHO_VMM_SEED";
+    let seed = match std::env::var(SEED) {
+        Ok(seed) => seed.parse().with_context(|| format!("{SEED} is no number"))?,
+        Err(_) => SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs(),
+    };
+    eprintln!("{SEED}={seed}");
+    let mut random = SmallRng::seed_from_u64(seed);
+    let (updates, count) = size();
+    Host::with(HostConfig::new("faults-random", architecture, 1536)?, |host| {
+        let mut guests = Vec::new();
+        for number in 0..count {
+            guests.push(Guest::resting_oracle(&format!("guest-{number}"), 32).start(host)?);
+        }
+        await_beats(host, &mut guests, 1)?;
+        let faults: Vec<Fault> = faults(host)?.into_iter().filter(|fault| fault.action != "stall").collect();
+        // A VM's own faults before the reboot are asked for when it is started, and a killed one is gone.
+        let (before, after): (Vec<&Fault>, Vec<&Fault>) = faults
+            .iter()
+            .filter(|fault| fault.process != "vm" || !fault.is_before_commit())
+            .filter(|fault| fault.action != "flip" || fault.phase == "prepared")
+            .partition(|fault| fault.is_before_commit());
+        let mut undone = 0;
+        for _ in 0..updates {
+            let first = before.choose(&mut random).filter(|_| random.random_bool(0.4));
+            let mut entries = Vec::new();
+            for attempt in 1..=random.random_range(0..=2) {
+                let fault = after.choose(&mut random).context("nothing can be asked for")?;
+                let vm = (!fault.concerns_all()).then(|| format!("guest-{}", random.random_range(0..count)));
+                entries.push(format!("{}@{attempt}", fault.entry(vm.as_deref())));
+            }
+            let append = entries.join(",");
+            let append = if append.is_empty() { append } else { format!("KHO_VMM_FAULT={append}") };
+            let entry = first.map(|fault| fault.entry((fault.action == "flip").then_some("guest-0")));
+            let env: Vec<(&str, &str)> = entry.iter().map(|entry| ("KHO_VMM_FAULT", entry.as_str())).collect();
+            let what = format!("{SEED}={seed}: {env:?}, then {append}");
+            let update = Update { append: &append, env: &env, options: &["--digest"] };
+            one_at_random(host, &mut guests, first.is_some(), &update).with_context(|| what)?;
+            undone += u32::from(first.is_some());
+        }
+        eprintln!("{updates} updates of {count} guests, {undone} of them undone; nothing lost");
+        Ok(())
+    })
+}
+
+fn one_at_random(host: &mut Host, guests: &mut [Running], undone: bool, update: &Update<'_>) -> Result<()> {
+    if undone {
+        let boots = host.boots();
+        let process = operator::start_update(host, host.kernel().other(), "unexpected", update)?;
+        let said = host.wait(&process)?;
+        ensure!(said.code != Some(0) && host.boots() == boots, "it was not undone: {said}");
+    } else {
+        let (restored, ended) = operator::live_update(host, host.kernel().other(), update)?;
+        ensure!(ended.code == Some(0) && restored.result == "restored", "{ended}");
+    }
+    await_beats(host, guests, 1)?;
+    let list = operator::list(host)?;
+    ensure!(list.len() == guests.len() && list.iter().all(|vm| vm["state"] == "running"), "{list:?}");
+    // What restores ends when it is done.
+    host.wait_until("one process for each VM", PATIENCE, |host| {
+        let found = host.run(&["pidof", "vmm"])?.stdout;
+        Ok((found.split_whitespace().count() == guests.len()).then_some(()))
+    })
+}
+
+fn update(host: &mut Host, side: Side, append: &str, guests: &mut [Running]) -> Result<()> {
+    let update = Update { append, options: &["--digest"], ..Update::default() };
+    let (restored, ended) = operator::live_update(host, side, &update)?;
+    ensure!(ended.code == Some(0) && restored.result == "restored", "{ended}");
+    ensure!(restored.vms.len() == guests.len(), "not all VMs are in the result: {ended}");
+    // Guests that ran twice would tell of steps back, and have said the same twice.
+    await_beats(host, guests, 2)
+}
