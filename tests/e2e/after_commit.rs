@@ -2,16 +2,21 @@
 use anyhow::{Context, Result, ensure};
 use tests::architecture::Architecture;
 use tests::guests::{Guest, Running, await_beats};
-use tests::host::{Host, HostConfig, PATIENCE, Side};
+use tests::host::{Host, HostConfig, PATIENCE, Process, Side};
 use tests::link::SHARE;
 use tests::operator::{self, Update};
 
 on_each_architecture![
     a_vm_whose_process_always_dies_is_kept_until_somebody_tries_again_and_the_other_runs,
-    a_vm_with_a_flipped_byte_in_its_document_is_kept_until_it_is_given_up_and_the_other_runs,
+    vms_that_can_never_be_restored_are_kept_until_they_are_given_up_and_the_other_runs,
+    a_guest_is_not_given_to_a_host_whose_processor_lacks_what_it_was_promised,
     nothing_is_restored_twice_and_a_host_that_booted_afresh_says_so
 ];
-on_one_architecture! { aarch64, an_update_that_nobody_has_finished_is_finished_before_another }
+on_one_architecture! {
+    aarch64,
+    an_update_that_nobody_has_finished_is_finished_before_another
+    memory_that_a_restore_may_not_have_stays_where_it_is_until_it_may
+}
 
 fn two_oracles(host: &mut Host) -> Result<[Running; 2]> {
     let mut guests = [Guest::oracle("first", 64).start(host)?, Guest::oracle("second", 64).start(host)?];
@@ -50,23 +55,35 @@ fn a_vm_whose_process_always_dies_is_kept_until_somebody_tries_again_and_the_oth
     })
 }
 
-fn a_vm_with_a_flipped_byte_in_its_document_is_kept_until_it_is_given_up_and_the_other_runs(
+fn vms_that_can_never_be_restored_are_kept_until_they_are_given_up_and_the_other_runs(
     architecture: Architecture,
 ) -> Result<()> {
     Host::with(HostConfig::new("flipped", architecture, 1024)?, |host| {
         let [first, mut second] = two_oracles(host)?;
-        let env = [("KHO_VMM_FAULT", "update.document-written/first=flip")];
+        let mut third = Guest::oracle("third", 64).start(host)?;
+        third.await_beats(host, 1)?;
+        let env = [("KHO_VMM_FAULT", "update.document-written/first=flip,update.preserved/third=flip")];
         let (restored, ended) = operator::live_update(host, Side::Newer, &Update { env: &env, ..Update::default() })?;
         ensure!(ended.code == Some(operator::KEPT) && restored.result == "kept", "{ended}");
         let vm = restored.vm("first")?;
         let reason = vm.reason.as_deref().unwrap_or_default();
         ensure!(vm.state == "kept" && reason.contains("checksum"), "{vm:?}");
         ensure!(vm.attempts <= 1, "a document that can never be accepted was tried again: {vm:?}");
+        let vm = restored.vm("third")?;
+        let reason = vm.reason.as_deref().unwrap_or_default();
+        ensure!(vm.state == "kept" && reason.contains("did not hand that file over"), "{vm:?}");
         second.await_beats(host, 3)?;
-        expect_kept(host, "first")?;
+        for name in ["first", "third"] {
+            expect_kept(host, name)?;
+        }
         expect_rescue(host, "first", false)?;
-        first.check_unharmed()?;
-        host.run(&["vmm", "discard", "first"])?.success()?;
+        // Whoever restores does so as long as there is something to restore.
+        let said = host.run(&["vmm", "restore", "--all"])?;
+        ensure!(said.code == Some(1) && said.stderr.contains("vmm list"), "{said}");
+        for guest in [first, third] {
+            guest.check_unharmed()?;
+            host.run(&["vmm", "discard", &guest.guest.name])?.success()?;
+        }
         host.wait_until("the host to be ready for another update", PATIENCE, |host| {
             let said = host.run(&["vmm", "check"])?;
             Ok((said.code == Some(0) && !said.stdout.contains("first")).then_some(()))
@@ -74,6 +91,48 @@ fn a_vm_with_a_flipped_byte_in_its_document_is_kept_until_it_is_given_up_and_the
         let names = operator::list(host)?;
         ensure!(names.len() == 1 && names[0]["name"] == "second", "{names:?}");
         second.await_beats(host, 1)
+    })
+}
+
+fn a_guest_is_not_given_to_a_host_whose_processor_lacks_what_it_was_promised(architecture: Architecture) -> Result<()> {
+    // Parameters that make a kernel say that its processor has less than it has, and how that is told.
+    let (append, told) = match architecture {
+        Architecture::X86_64 => ("clearcpuid=adx", "the processor lacks features that the guest was given: leaf 0x7.0"),
+        Architecture::Aarch64 => ("arm64.nobti", "ID_AA64PFR1_EL1"),
+    };
+    Host::with(HostConfig::new("lacking", architecture, 1024)?, |host| {
+        let mut oracle = Guest::oracle("oracle", 64).start(host)?;
+        oracle.await_beats(host, 1)?;
+        let (restored, ended) = operator::live_update(host, Side::Newer, &Update { append, ..Update::default() })?;
+        ensure!(ended.code == Some(operator::KEPT), "{ended}");
+        let vm = restored.vm("oracle")?;
+        ensure!(vm.state == "kept" && vm.reason.as_deref().is_some_and(|reason| reason.contains(told)), "{vm:?}");
+        ensure!(vm.attempts <= 1, "a processor stays what it is: {vm:?}");
+        expect_rescue(host, "oracle", true)?;
+        oracle.check_unharmed()
+    })
+}
+
+fn memory_that_a_restore_may_not_have_stays_where_it_is_until_it_may(architecture: Architecture) -> Result<()> {
+    /// Enough for one of the guests, and for what restores.
+    const SCRIPT: &str = "cd /sys/fs/cgroup && echo +memory > cgroup.subtree_control && mkdir small && cd small && \
+        echo 110M > memory.max && echo $$ > cgroup.procs && exec vmm restore --all --json";
+    Host::with(HostConfig::new("not-allowed", architecture, 1024)?, |host| {
+        let mut guests = two_oracles(host)?;
+        unrestored(host, Side::Newer)?;
+        let restore = host.spawn(&["sh", "-c", SCRIPT])?;
+        let ended = host.wait(&restore)?;
+        let restored = operator::restored(&ended)?;
+        ensure!(ended.code == Some(operator::KEPT) && restored.vms.len() == 2, "{ended}");
+        let kept: Vec<_> = restored.vms.iter().filter(|vm| vm.state == "kept").collect();
+        let [vm] = kept.as_slice() else { anyhow::bail!("not one is kept: {ended}") };
+        let reason = vm.reason.as_deref().unwrap_or_default();
+        ensure!(reason.contains("/sys/fs/cgroup/small") && reason.contains("memory.max"), "{vm:?}");
+        let said = host.run(&["vmm", "restore", &vm.name])?;
+        ensure!(said.code == Some(operator::KEPT) && said.stderr.contains("memory.max"), "{said}");
+        host.write("/sys/fs/cgroup/small/memory.max", "max")?;
+        host.run(&["vmm", "restore", &vm.name])?.success()?;
+        await_beats(host, &mut guests, 2)
     })
 }
 
@@ -98,16 +157,10 @@ fn an_update_that_nobody_has_finished_is_finished_before_another(architecture: A
     Host::with(HostConfig::new("unfinished", architecture, 1024)?, |host| {
         let mut oracle = Guest::oracle("oracle", 64).start(host)?;
         oracle.await_beats(host, 2)?;
-        let (newer, older) = (Host::image(Side::Newer), Host::image(Side::Older));
-        let (initrd, line) = (format!("{SHARE}/initrd"), host.command_line().to_owned());
-        let update =
-            |kernel| ["vmm", "update", "--kernel", kernel, "--initrd", &initrd, "--append", &line].map(str::to_owned);
-        let boots = host.boots();
-        host.spawn(&update(&newer).each_ref().map(String::as_str))?;
-        host.await_boot(boots + 1)?;
-        host.arrived(Side::Newer)?;
+        unrestored(host, Side::Newer)?;
         expect_told(host, "warning", "vmm restore --all")?;
-        let said = host.run(&update(&older).each_ref().map(String::as_str))?;
+        let process = start_unrestored(host, Side::Older)?;
+        let said = host.wait(&process)?;
         ensure!(said.code == Some(1) && said.stderr.contains("had not been restored"), "{said}");
         host.wait_until("the VM to run", PATIENCE, |host| {
             let list = operator::list(host)?;
@@ -115,6 +168,20 @@ fn an_update_that_nobody_has_finished_is_finished_before_another(architecture: A
         })?;
         oracle.await_beats(host, 2)
     })
+}
+
+/// An update to a kernel under which nobody restores by himself.
+fn start_unrestored(host: &mut Host, to: Side) -> Result<Process> {
+    let (kernel, initrd, line) = (Host::image(to), format!("{SHARE}/initrd"), host.command_line().to_owned());
+    host.spawn(&["vmm", "update", "--kernel", &kernel, "--initrd", &initrd, "--append", &line])
+}
+
+/// The same, until it has happened.
+fn unrestored(host: &mut Host, to: Side) -> Result<()> {
+    let boots = host.boots();
+    start_unrestored(host, to)?;
+    host.await_boot(boots + 1)?;
+    host.arrived(to)
 }
 
 /// An operator who asks is told of the last update, and what to do.

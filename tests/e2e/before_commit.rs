@@ -2,10 +2,12 @@
 use anyhow::{Context, Result, ensure};
 use tests::architecture::Architecture;
 use tests::guests::{Guest, Running, await_beats};
-use tests::host::{Ended, Host, HostConfig, Side};
+use tests::host::{Ended, Host, HostConfig, PATIENCE, Side};
+use tests::init::session::HELD;
 use tests::operator::{self, Update};
 
 on_each_architecture![a_rehearsal_does_everything_but_the_reboot_and_harms_nobody];
+on_one_architecture! { x86_64, what_is_in_the_way_of_an_update_is_named_and_guests_run_on }
 
 fn two_oracles(host: &mut Host) -> Result<[Running; 2]> {
     let mut guests = [Guest::oracle("first", 64).start(host)?, Guest::oracle("second", 64).start(host)?];
@@ -20,14 +22,14 @@ fn rehearse(host: &mut Host) -> Result<Ended> {
     let boots = host.boots();
     let ended = host.wait(&process)?;
     ensure!(host.boots() == boots, "the host changed its kernel");
-    ended.success()
+    Ok(ended)
 }
 
 fn a_rehearsal_does_everything_but_the_reboot_and_harms_nobody(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("rehearsal", architecture, 1024)?, |host| {
         let mut guests = two_oracles(host)?;
         for _ in 0..2 {
-            let said = rehearse(host)?;
+            let said = rehearse(host)?.success()?;
             let result = operator::result_line(&said.stdout)?;
             ensure!(result["result"] == "rehearsed", "{said}");
             let vms = result["vms"].as_array().context("no VMs in the result")?;
@@ -44,4 +46,44 @@ fn a_rehearsal_does_everything_but_the_reboot_and_harms_nobody(architecture: Arc
         operator::live_update_of_all(host, Side::Newer, &Update::default())?;
         await_beats(host, &mut guests, 2)
     })
+}
+
+fn what_is_in_the_way_of_an_update_is_named_and_guests_run_on(architecture: Architecture) -> Result<()> {
+    Host::with(HostConfig::new("in-the-way", architecture, 1024)?, |host| {
+        let mut guests = two_oracles(host)?;
+        // Somebody else's session has the name.
+        let session = kho_abi::names::session_name("first").context("no session has its name")?;
+        let holder = host.spawn(&["/init", "session", &session])?;
+        host.wait_until("the session", PATIENCE, |host| Ok(host.stdout(&holder)?.contains(HELD).then_some(())))?;
+        expect_refused(host, &mut guests, &["first", &session])?;
+        host.signal(holder.pid, 9)?;
+        host.wait(&holder)?;
+        // Nothing can be written where VMs are found; then there is no room left.
+        host.run(&["mount", "-o", "remount,ro", "/run"])?.success()?;
+        expect_refused(host, &mut guests, &["/run/vmm", "Read-only"])?;
+        host.run(&["mount", "-o", "remount,rw,size=256k", "/run"])?.success()?;
+        let filled = host.run(&["dd", "if=/dev/zero", "of=/run/rest", "bs=4k"])?;
+        ensure!(filled.code != Some(0), "there is room left: {filled}");
+        rehearse(host)?.success()?;
+        await_beats(host, &mut guests, 1)?;
+        host.run(&["rm", "/run/rest"])?.success()?;
+        // And one of the VMs cannot be found.
+        host.run(&["mv", "/run/vmm/second.sock", "/run/elsewhere"])?.success()?;
+        let stray = guests[1].process.pid.to_string();
+        expect_refused(host, &mut guests, &["vm-stray", &stray])?;
+        host.run(&["mv", "/run/elsewhere", "/run/vmm/second.sock"])?.success()?;
+        rehearse(host)?.success()?;
+        await_beats(host, &mut guests, 1)
+    })
+}
+
+/// An update is refused with those words, and nothing has changed for anybody.
+fn expect_refused(host: &mut Host, guests: &mut [Running], words: &[&str]) -> Result<()> {
+    let said = rehearse(host)?;
+    let told = words.iter().chain(&["run on"]).all(|word| said.stderr.contains(word));
+    ensure!(said.code == Some(1) && told, "not {words:?}: {said}");
+    await_beats(host, guests, 1)?;
+    let list = operator::list(host)?;
+    ensure!(list.iter().all(|vm| vm["state"] == "running"), "{list:?}");
+    Ok(())
 }

@@ -58,6 +58,9 @@ fn an_image_in_use_is_refused_to_a_second_vm_and_a_swapped_one_to_its_own(archit
         let reason = vm.reason.as_deref().unwrap_or_default();
         ensure!(vm.state == "kept" && reason.contains("not the one that the guest was using"), "{vm:?}");
         ensure!(vm.attempts <= 1, "an image that is another stays another: {vm:?}");
-        guest.check_unharmed()
+        guest.check_unharmed()?;
+        host.run(&["mv", &format!("{image}.old"), &image])?.success()?;
+        host.run(&["vmm", "restore", "owner"])?.success()?;
+        guest.await_beats(host, 2)
     })
 }

@@ -3,8 +3,8 @@ use anyhow::{Context, Result, ensure};
 use guest_kernel::options::SelfTest;
 use tests::architecture::Architecture;
 use tests::guests::{Guest, Running};
-use tests::host::{Host, HostConfig};
-use tests::operator::{GUEST_RESET, GUEST_TRIPLE_FAULT};
+use tests::host::{Host, HostConfig, PATIENCE, Side};
+use tests::operator::{self, GUEST_RESET, GUEST_TRIPLE_FAULT, Update};
 
 on_each_architecture![each_way_a_guest_can_end_has_its_exit_status];
 on_one_architecture! { x86_64, damage_does_not_go_unnoticed }
@@ -28,7 +28,16 @@ fn each_way_a_guest_can_end_has_its_exit_status(architecture: Architecture) -> R
             ensure!(found == status, "a guest with{append} ended with {found}, not {status}");
             running.check_unharmed()?;
         }
-        Ok(())
+        // One that gives up after a live update ends there, and is no more to be restored than it is to be started anew.
+        let end = if architecture == Architecture::X86_64 { "triple-fault" } else { "reset" };
+        let guest = Guest::resting_oracle("restored", 32).with(&format!("lines=12 end={end}"));
+        let mut running = guest.start(host)?;
+        running.await_beats(host, 1)?;
+        operator::live_update_of_all(host, Side::Newer, &Update::default())?;
+        running.await_end(host)?;
+        host.wait_until("the VM's end", PATIENCE, |host| Ok(operator::list(host)?.is_empty().then_some(())))?;
+        running.log.read_on()?;
+        running.check_unharmed()
     })
 }
 

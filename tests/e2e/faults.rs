@@ -28,7 +28,8 @@ mod after_commit {
 }
 
 const SIGKILL: i32 = 9;
-const SIGTERM: i32 = 15;
+/// What ends an update that takes too long, by their names and numbers.
+const SIGNALS: [(&str, i32); 2] = [("SIGTERM", 15), ("SIGINT", 2)];
 
 /// Something that can be asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,10 +82,11 @@ fn no_fault_at_any_phase_before_the_reboot_harms_a_guest(architecture: Architect
         survivor.await_beats(host, 1)?;
         let faults = faults(host)?;
         let boots = host.boots();
+        let mut signals = SIGNALS.into_iter().cycle();
         for fault in faults.iter().filter(|fault| fault.is_before_commit()) {
             let outcome = match fault.process.as_str() {
                 "vm" => in_a_vm(host, fault),
-                _ => in_the_update(host, fault),
+                _ => in_the_update(host, fault, &mut signals),
             };
             outcome.with_context(|| format!("{fault:?}"))?;
             ensure!(host.boots() == boots, "{fault:?}: the host changed its kernel");
@@ -97,10 +99,14 @@ fn no_fault_at_any_phase_before_the_reboot_harms_a_guest(architecture: Architect
     })
 }
 
-fn in_the_update(host: &mut Host, fault: &Fault) -> Result<()> {
+fn in_the_update(
+    host: &mut Host,
+    fault: &Fault,
+    signals: &mut impl Iterator<Item = (&'static str, i32)>,
+) -> Result<()> {
     let entry = match (fault.action.as_str(), fault.phase.as_str()) {
-        // The document is bad: it is for the next kernel to find that.
-        ("flip", "document-written") => return Ok(()),
+        // What is handed over is bad: it is for the next kernel to find that.
+        ("flip", "document-written" | "preserved") => return Ok(()),
         ("flip", _) => fault.entry(Some("survivor")),
         _ => fault.entry(None),
     };
@@ -108,13 +114,16 @@ fn in_the_update(host: &mut Host, fault: &Fault) -> Result<()> {
     let options: &[&str] = if fault.phase == "memory-digested" { &["--digest"] } else { &[] };
     let process =
         operator::start_update(host, Side::Newer, "unexpected", &Update { env: &env, options, ..Update::default() })?;
+    let mut ended_by = "";
     if fault.action == "stall" {
+        let (name, signal) = signals.next().context("a cycle has an end")?;
+        ended_by = name;
         // Somebody has seen enough of it.
         host.wait_until("the update to stall", PATIENCE, |host| {
             ensure!(!host.has_ended(&process)?, "it has ended");
             Ok(host.stderr(&process)?.contains(&format!("a stall at {}", fault.point())).then_some(()))
         })?;
-        host.signal(process.pid, SIGTERM)?;
+        host.signal(process.pid, signal)?;
     }
     let said = host.wait(&process)?;
     if fault.action == "kill" {
@@ -124,7 +133,7 @@ fn in_the_update(host: &mut Host, fault: &Fault) -> Result<()> {
     let reason = failure(&said)?;
     let wanted = match fault.action.as_str() {
         "fail" => fault.point(),
-        "stall" => "SIGTERM".to_owned(),
+        "stall" => ended_by.to_owned(),
         "flip" => "is not preserved".to_owned(),
         other => bail!("{other} is not known here"),
     };

@@ -62,6 +62,10 @@ fn what_cannot_work_is_refused_with_a_reason(architecture: Architecture) -> Resu
             let said = host.run(&["vmm", verb, "nobody"])?;
             ensure!(said.code == Some(1) && said.stderr.contains("nobody"), "{verb}: {said}");
         }
+        for verb in [&["restore", "oracle"][..], &["discard", "oracle"], &["rescue", "oracle", "--to", "/run/core"]] {
+            let said = host.run(&[&["vmm"], verb].concat())?;
+            ensure!(said.code == Some(1) && said.stderr.contains("no VM is kept"), "{verb:?}: {said}");
+        }
         oracle.await_beats(host, 2)
     })
 }

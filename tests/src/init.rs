@@ -5,6 +5,7 @@ mod mounts;
 mod network;
 mod port;
 mod processes;
+pub mod session;
 pub mod terminal;
 
 use crate::arch::counter;

@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod clock;
+pub mod control_group;
 pub mod digest;
 pub mod inspect;
 pub mod kcore;

@@ -1,4 +1,5 @@
-//! PID 1 of the lab's host: see `tests::init`. As any other process it is a terminal: see `tests::init::terminal`.
+//! PID 1 of the lab's host: see `tests::init`. As any other process it is a terminal, see `tests::init::terminal`, or holds a session,
+//! see `tests::init::session`.
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -6,11 +7,16 @@ fn main() -> ExitCode {
         tests::init::main()
     }
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let [socket, typed, said] = arguments.as_slice() else {
-        eprintln!("usage: init SOCKET FIFO LOG");
-        return ExitCode::from(2);
+    let words: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["session", name] => tests::init::session::main(name),
+        [socket, typed, said] => tests::init::terminal::main(socket, typed, said),
+        _ => {
+            eprintln!("usage: init SOCKET FIFO LOG, or init session NAME");
+            return ExitCode::from(2);
+        }
     };
-    match tests::init::terminal::main(socket, typed, said) {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

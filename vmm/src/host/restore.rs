@@ -4,6 +4,7 @@
 //! command that the operator started only relays what it says. So nothing is lost with the operator's terminal. With
 //! `--foreground`, for a service manager, the command is the supervisor.
 
+mod allowance;
 mod guardian;
 pub mod keeper;
 mod supervisor;

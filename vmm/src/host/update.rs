@@ -361,6 +361,11 @@ impl<'arguments> Update<'arguments> {
     fn hand_over(&mut self) -> anyhow::Result<()> {
         self.phase = "hand over";
         self.index.vms = self.workers.iter().filter_map(|worker| worker.entry.clone()).collect();
+        for vm in &mut self.index.vms {
+            if fault::is_flipped(Process::Update, Phase::Preserved, Some(&vm.name)) {
+                vm.ram.iter_mut().for_each(|(token, _)| *token ^= 1 << 32);
+            }
+        }
         self.reached(Phase::Preserved, "all is preserved");
         self.write_index()?;
         self.fault(Phase::Preserved)?;

@@ -12,7 +12,7 @@ use super::Finding;
 use crate::control::client::Client;
 use crate::control::interface::{MachineState, MachineStatus};
 use crate::control::socket::RunDir;
-use crate::host::report;
+use crate::host::{control_group, report};
 use crate::memory::SEALS;
 
 /// How long a VM has to answer.
@@ -136,11 +136,7 @@ impl Seen {
             mapped: Mapped::read(&smaps, &name.to_string_lossy()),
             sealed: rustix::fs::fcntl_get_seals(ram.as_fd())? == SEALS,
             disks,
-            left: fs::read_to_string(process.join("cgroup"))
-                .ok()
-                .as_deref()
-                .and_then(control_group)
-                .and_then(least_left),
+            left: control_group::least_left(&process),
         })
     }
 
@@ -249,22 +245,6 @@ impl Mapped {
     }
 }
 
-/// Where a process's control group is in the one hierarchy of version 2.
-fn control_group(text: &str) -> Option<PathBuf> {
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    Some(Path::new("/sys/fs/cgroup").join(path))
-}
-
-/// The group above it, or itself, that lets it have the least.
-fn least_left(group: PathBuf) -> Option<(PathBuf, u64)> {
-    let number = |group: &Path, file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
-    let left = |group: &Path| {
-        let limit = number(group, "memory.max")?;
-        Some((group.to_owned(), limit.saturating_sub(number(group, "memory.current").unwrap_or_default())))
-    };
-    group.ancestors().filter_map(left).min_by_key(|(_, left)| *left)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
@@ -307,11 +287,5 @@ mod tests {
         assert_ne!(other.metadata().unwrap().ino(), 0);
         assert!(trouble().is_some());
         assert!(is_locked("pos:\t0\nlock:\t1: OFDLCK  ADVISORY  WRITE -1 00:2a:5 0 EOF\n") && !is_locked("pos:\t0\n"));
-    }
-
-    #[test]
-    fn a_control_group_is_found_where_it_is_mounted() {
-        assert_eq!(control_group("1:cpu:/a\n0::/guests/one\n"), Some(PathBuf::from("/sys/fs/cgroup/guests/one")));
-        assert_eq!(control_group("1:cpu:/a\n"), None);
     }
 }

@@ -16,6 +16,7 @@ use kho_abi::document::timeline::{Phase, TimelineV3};
 use kho_abi::{names, tokens};
 use serde_json::{Value, json};
 
+use super::allowance::Allowance;
 use super::guardian::{self, Role};
 use super::keeper;
 use super::work::{Common, Message, Outcome, Work};
@@ -124,6 +125,7 @@ impl Supervisor<'_> {
             begun,
             generation: index.generation,
             holder,
+            allowance: Allowance::default(),
         });
         (self.relay)(&json!({
             "event": "phase", "phase": Phase::IndexRetrieved.name(), "ms": common.elapsed_ms(),

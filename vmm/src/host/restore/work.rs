@@ -13,6 +13,7 @@ use kho_abi::document::timeline::{Phase, TimelineV3};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use super::allowance::Allowance;
 use super::guardian;
 use super::vm_process::{End, PATIENCE, VmProcess};
 use crate::arch;
@@ -49,6 +50,8 @@ pub struct Common {
     pub generation: u64,
     /// The process that holds the memory.
     pub holder: u32,
+    /// How much memory it may retrieve.
+    pub allowance: Allowance,
 }
 
 impl Common {
@@ -370,12 +373,15 @@ impl Work {
     ) -> Result<Files, (String, Option<Files>)> {
         fault::at(Process::Restore, Phase::FilesRetrieved, Some(&self.vm.name))
             .map_err(|error| (error.to_string(), None))?;
+        let memory = self.vm.ram.iter().map(|(_, size)| size).fold(0_u64, |sum, size| sum.saturating_add(*size));
+        let grant = self.common.allowance.grant(memory).map_err(|reason| (reason, None))?;
         // All of it before anything is judged, so that whatever can be kept is kept. A file that fails is lost.
         let state = session.retrieve(self.vm.state_token);
         if let Ok(state) = &state {
             self.announce(process, attempt, state);
         }
         let ram: Vec<_> = self.vm.ram.iter().map(|&(token, _)| session.retrieve(token)).collect();
+        drop(grant);
         let ram: Result<Vec<OwnedFd>, LuoError> = ram.into_iter().collect();
         let files = match (state, ram) {
             (Ok(state), Ok(ram)) => Files { state, ram },
