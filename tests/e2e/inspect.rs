@@ -53,6 +53,9 @@ fn the_handover_is_seen_before_and_after_an_update_and_so_is_a_document(architec
         let dumped = dump(host, "before")?;
         ensure!(dumped["preserved"] == before["outgoing"]["preserved"], "{dumped} {before}");
 
+        // Its memory is in small folios until it is about to be preserved.
+        let huge_pages = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+        host.write(huge_pages, "never")?;
         // It takes its time when it is frozen: with its memory preserved, which a rehearsal undoes.
         let stall = [("KHO_VMM_FAULT", "vm.document-written=stall")];
         let mut oracle = Guest::oracle("oracle", MEMORY).start_with(host, &stall)?;
@@ -69,6 +72,7 @@ fn the_handover_is_seen_before_and_after_an_update_and_so_is_a_document(architec
         let pid = operator::pid(host, "oracle")?;
         host.signal(pid, 9)?;
         host.wait(&oracle.process)?;
+        host.write(huge_pages, "advise")?;
 
         let mut oracle = Guest::oracle("second", MEMORY).start(host)?;
         oracle.await_beats(host, 1)?;

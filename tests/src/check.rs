@@ -3,6 +3,7 @@ use crate::architecture::Architecture;
 use crate::cargo::{Target, cargo};
 use crate::debian::{self, Release};
 use crate::fuzz;
+use crate::outcomes::Outcomes;
 use crate::products::{self, BUILT, ORACLE, Products};
 use crate::setup::{self, tools};
 use crate::{paths, run};
@@ -54,7 +55,10 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
         run::loudly(cargo().args(["fmt", "--all", "--check"]))?;
         run::loudly(cargo().args(["fmt", "--check", "--manifest-path"]).arg(fuzz::manifest()))
     })?;
-    steps.take("lints", || lints(architectures, &foreign))?;
+    steps.take("lints", || {
+        lints(architectures, &foreign)?;
+        fuzz::lints()
+    })?;
     steps.take("licences, sources, versions", deny)?;
     steps.take("documentation", || {
         document(cargo().arg("doc"))?;
@@ -75,12 +79,26 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
         run::loudly(cargo().args(["test", "--quiet", "--workspace", "--doc"]))
     })?;
     if full {
-        steps.take("lints of the fuzz targets", fuzz::lints)?;
         steps.take(format!("fuzz targets, {} s each", fuzz::SECONDS), || fuzz::all(&[], fuzz::SECONDS))?;
     }
     steps.show();
     println!("== tests");
-    tests(architectures, full, runner, &["--workspace"], &[])
+    let outcome = tests(architectures, full, runner, &["--workspace"], &[]);
+    if runner {
+        match tell_outcomes(architectures, full && architectures.len() == Architecture::ALL.len()) {
+            // What is wrong with the tests says more.
+            Err(error) if outcome.is_err() => eprintln!("what has become of them cannot be told: {error:#}"),
+            told => told?,
+        }
+    }
+    outcome
+}
+
+/// Writes the table of what must survive.
+fn tell_outcomes(architectures: &[Architecture], complete: bool) -> Result<()> {
+    let path = Outcomes::read(&paths::target(), architectures)?.write(complete)?;
+    println!("what must survive, and what has become of it: {}", path.display());
+    Ok(())
 }
 
 /// Sets up the machine and runs the end-to-end tests whose names contain one of the filters.

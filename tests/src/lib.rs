@@ -2,7 +2,7 @@
 //!
 //! [`host::Host`] is that machine, driven over a virtio-serial port ([`link`]) by its PID 1 ([`init`]); [`guests`] is what
 //! runs on it, with [`load`] inside; [`demo`], [`mod@bench`] and the end-to-end tests put them together. [`setup`], [`kernels`], [`products`],
-//! [`image`] and [`debian`] make what they need.
+//! [`image`] and [`debian`] make what they need, [`outcomes`] tells what has become of it.
 pub mod arch;
 pub mod architecture;
 pub mod bench;
@@ -21,6 +21,7 @@ pub mod link;
 pub mod load;
 pub mod moment;
 pub mod operator;
+pub mod outcomes;
 pub mod paths;
 pub mod phases;
 pub mod products;

@@ -96,7 +96,11 @@ pub const POINTS: [Point; 21] = [
     point(Process::Update, Phase::PauseAsked),
     flipping(Process::Update, Phase::DocumentWritten, "spoils a VM's document after it was found complete"),
     point(Process::Update, Phase::MemoryDigested),
-    flipping(Process::Update, Phase::Preserved, "tells the next kernel of a VM's memory under a token that no session knows"),
+    flipping(
+        Process::Update,
+        Phase::Preserved,
+        "tells the next kernel of a VM's memory under a token that no session knows",
+    ),
     point(Process::Update, Phase::RebootCalled),
     point(Process::Vm, Phase::Prepared),
     point(Process::Vm, Phase::PauseAsked),

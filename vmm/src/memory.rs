@@ -150,11 +150,12 @@ impl Ram {
     }
 
     /// Backs every hole with memory. The kernel would do so itself when RAM is preserved, but with 4 KiB folios, each of which
-    /// the next kernel has to take over one by one inside the pause; through this mapping the holes become huge pages.
+    /// the next kernel has to take over one by one inside the pause; through this mapping the holes become huge pages. What is in
+    /// small folios already, such as where the host had no huge page to spare then, is moved into huge ones, if it has now.
     pub fn populate(&self) -> Result<(), MemoryError> {
         // One call over all of it could not be interrupted for seconds.
         const STEP: u64 = 256 << 20;
-        let mut offset = 0;
+        let (mut offset, mut scattered) = (0, None);
         while offset < self.size {
             let length = STEP.min(self.size - offset);
             // SAFETY: offset is less than the size of the mapping.
@@ -164,7 +165,15 @@ impl Ram {
                 .map_err(system(
                     "back it with memory before it is handed over (does the host have enough free memory?)",
                 ))?;
+            // SAFETY: as above; whoever uses the memory meanwhile waits for a moment and finds the same content.
+            let collapsed = unsafe { libc::madvise(start.as_ptr().cast(), length as usize, libc::MADV_COLLAPSE) };
+            if collapsed < 0 {
+                scattered = Some(io::Error::last_os_error());
+            }
             offset += length;
+        }
+        if let Some(error) = scattered {
+            tracing::warn!(%error, "not all of the guest's memory is in huge pages: a live update will take longer");
         }
         Ok(())
     }
