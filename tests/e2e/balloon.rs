@@ -6,7 +6,7 @@ use tests::guests::{Guest, Running};
 use tests::host::{Host, HostConfig, PATIENCE, Side};
 use tests::operator::{self, Update};
 
-on_one_architecture! { x86_64, a_guest_gives_memory_back_through_live_updates_and_gets_it_again }
+on_one_architecture! { aarch64, a_guest_gives_memory_back_through_live_updates_and_gets_it_again }
 
 const MIB: u64 = 1 << 20;
 /// The guest's memory.

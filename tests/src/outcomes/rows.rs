@@ -171,7 +171,7 @@ const AFTER_COMMIT: [Row; 12] = [
         "refused, memory kept; a retry works once it is there",
         &[
             "e2e network::a_tap_in_use_is_refused_to_a_second_vm_and_a_vm_whose_tap_is_missing_is_kept_while_others_run",
-            "e2e vsock::a_vm_whose_socket_has_no_folder_is_refused_and_kept",
+            "e2e vsock::a_vm_whose_socket_has_no_folder_is_refused_and_kept_until_it_has_one",
         ],
     ),
     row(

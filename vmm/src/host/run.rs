@@ -77,7 +77,9 @@ fn restored(dir: &RunDir, descriptor: i32, signals: Signals) -> anyhow::Result<u
     let started = vm.run(Box::new(move |timeline: &TimelineV3| {
         // From here on the guest counts as running, for whoever restores now and for whoever does after it.
         if let Err(error) = record.set_ran() {
+            // Then it must not: it would be started again from memory that it has changed.
             tracing::error!(%error, "cannot note that the guest runs");
+            std::process::exit(i32::from(status::FAILED));
         }
         if let Err(error) = channel::tell(&channel, &Event::FirstInstruction { marks: marks(&timeline.marks) }) {
             tracing::warn!(error = %chain(&error), "cannot tell the supervisor that the guest runs");

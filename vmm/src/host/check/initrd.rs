@@ -77,7 +77,8 @@ fn archives(bytes: &[u8], within: bool, found: &mut Found) -> io::Result<()> {
     Ok(())
 }
 
-/// One archive; gives what is behind it.
+/// One archive; gives what is behind it. Not with the crate `cpio`, which takes a file that ends too early for whole, and refuses names
+/// that are no text.
 fn archive<'a>(bytes: &'a [u8], found: &mut Found) -> io::Result<&'a [u8]> {
     let cut = || io::Error::other("an archive in it is cut short");
     let mut at = 0;
