@@ -20,7 +20,6 @@
 //! # Ok::<(), kho_abi::kernel::Error>(())
 //! ```
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -28,7 +27,7 @@ use alloc::vec::Vec;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::memory::read_page;
+use super::memory::Walk;
 use super::radix::Preserved;
 use super::{Error, Image, Limits, PhysMem, Problem};
 
@@ -65,15 +64,9 @@ pub struct Bitmap {
 /// # Errors
 /// When it leads out of memory or in circles, counts more than a page has room for, or is longer than `limits`.
 pub fn decode(memory: &dyn PhysMem, head: u64, limits: &Limits, path: &str) -> Result<Vec<Bitmap>, Error> {
-    let (mut bitmaps, mut seen, mut next) = (Vec::new(), BTreeSet::new(), head);
+    let (mut bitmaps, mut walk, mut next) = (Vec::new(), Walk::default(), head);
     while next != 0 {
-        if !seen.insert(next) {
-            return Err(Error::new(path, Problem::Again { address: next }));
-        }
-        if seen.len() > limits.pages {
-            return Err(Error::new(path, Problem::TooMany { what: "pages of bitmaps", max: limits.pages }));
-        }
-        let page = read_page(memory, next, "a page of bitmaps", path)?;
+        let page = walk.page(memory, next, "a page of bitmaps", limits, path)?;
         let wrong = |reason| Error::invalid(path, "a page of bitmaps", reason);
         let (header, rest) =
             Header::read_from_prefix(&page).map_err(|_| wrong(format!("at {next:#x} has no header")))?;

@@ -12,13 +12,12 @@
 //! # Ok::<(), kho_abi::kernel::Error>(())
 //! ```
 
-use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::memory::read_page;
+use super::memory::Walk;
 use super::{Error, Image, Limits, PhysMem, Problem};
 
 /// `struct kho_block_header_ser`: entries follow behind it.
@@ -44,27 +43,24 @@ pub fn decode<T: FromBytes + IntoBytes>(
     limits: &Limits,
     path: &str,
 ) -> Result<Vec<T>, Error> {
-    decode_unseen(memory, head, limits, path, &mut BTreeSet::new())
+    decode_on(memory, head, limits, path, &mut Walk::default())
 }
 
-/// The same, with blocks that no other list may have: many lists that share one would be more than their blocks can hold.
-pub(super) fn decode_unseen<T: FromBytes + IntoBytes>(
+/// The same on a walk that other lists are on, too, and share no block with: many that do would be more than their blocks can hold.
+pub(super) fn decode_on<T: FromBytes + IntoBytes>(
     memory: &dyn PhysMem,
     head: u64,
     limits: &Limits,
     path: &str,
-    seen: &mut BTreeSet<u64>,
+    walk: &mut Walk,
 ) -> Result<Vec<T>, Error> {
     let (mut entries, mut blocks, mut next) = (Vec::new(), 0, head);
     while next != 0 {
-        if !seen.insert(next) {
-            return Err(Error::new(path, Problem::Again { address: next }));
-        }
         blocks += 1;
-        if blocks > MAX_BLOCKS || seen.len() > limits.pages {
-            return Err(Error::new(path, Problem::TooMany { what: "blocks", max: MAX_BLOCKS.min(limits.pages) }));
+        if blocks > MAX_BLOCKS {
+            return Err(Error::new(path, Problem::TooMany { what: "blocks", max: MAX_BLOCKS }));
         }
-        let page = read_page(memory, next, "a block", path)?;
+        let page = walk.page(memory, next, "a block", limits, path)?;
         let (header, mut rest) =
             Header::read_from_prefix(&page).map_err(|_| Error::invalid(path, "a block", "has no header"))?;
         let (count, room) = (header.count.get(), rest.len() / size_of::<T>().max(1));

@@ -18,7 +18,6 @@
 //! # Ok::<(), kho_abi::kernel::Error>(())
 //! ```
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -26,7 +25,7 @@ use alloc::vec::Vec;
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::memory::read;
+use super::memory::{Walk, read};
 use super::{Error, Image, Limits, PhysMem, Problem, blocks};
 use crate::uapi::SESSION_NAME_LENGTH;
 
@@ -148,10 +147,10 @@ impl Luo {
         if found != COMPATIBLE {
             return Err(Error::new(path, Problem::Version { found, known: COMPATIBLE }));
         }
-        let (mut seen, sessions_path) = (BTreeSet::new(), format!("{path}/sessions"));
+        let (mut walk, sessions_path) = (Walk::default(), format!("{path}/sessions"));
         let sessions: Vec<RawSession> =
-            blocks::decode_unseen(memory, raw.sessions.get(), limits, &sessions_path, &mut seen)?;
-        let sessions = sessions.iter().map(|session| Session::decode(memory, session, limits, path, &mut seen));
+            blocks::decode_on(memory, raw.sessions.get(), limits, &sessions_path, &mut walk)?;
+        let sessions = sessions.iter().map(|session| Session::decode(memory, session, limits, path, &mut walk));
         Ok(Self {
             liveupdate_number: raw.liveupdate_number.get(),
             sessions: sessions.collect::<Result<_, _>>()?,
@@ -179,11 +178,11 @@ impl Session {
         raw: &RawSession,
         limits: &Limits,
         path: &str,
-        seen: &mut BTreeSet<u64>,
+        walk: &mut Walk,
     ) -> Result<Self, Error> {
         let name = text(&raw.name, "a session's name", &format!("{path}/sessions"))?;
         let path = format!("{path}/sessions/{name}/files");
-        let files: Vec<RawFile> = blocks::decode_unseen(memory, raw.files.get(), limits, &path, seen)?;
+        let files: Vec<RawFile> = blocks::decode_on(memory, raw.files.get(), limits, &path, walk)?;
         if files.len() as u64 != raw.count.get() {
             let reason = format!("has {} files, and says that it has {}", files.len(), raw.count.get());
             return Err(Error::invalid(path, "the session", reason));

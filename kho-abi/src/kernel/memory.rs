@@ -13,13 +13,13 @@
 //! # Ok::<(), kho_abi::kernel::Unreadable>(())
 //! ```
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{Error, Problem};
+use super::{Error, Limits, Problem};
 
 /// The size of a page, which both kernels of a handover share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,8 +81,39 @@ pub(crate) fn read<T: FromBytes + IntoBytes>(memory: &dyn PhysMem, address: u64,
     Ok(value)
 }
 
+/// Pages of a tree or a list that may lead in circles or have no end, in which no page may occur twice.
+#[derive(Debug, Default)]
+pub(crate) struct Walk {
+    seen: BTreeSet<u64>,
+}
+
+impl Walk {
+    /// How many pages there were so far.
+    pub fn pages(&self) -> usize {
+        self.seen.len()
+    }
+
+    /// Reads the next one, `what` it is.
+    pub fn page(
+        &mut self,
+        memory: &dyn PhysMem,
+        address: u64,
+        what: &'static str,
+        limits: &Limits,
+        path: &str,
+    ) -> Result<Vec<u8>, Error> {
+        if !self.seen.insert(address) {
+            return Err(Error::new(path, Problem::Again { address }));
+        }
+        if self.seen.len() > limits.pages {
+            return Err(Error::new(path, Problem::TooMany { what: "pages", max: limits.pages }));
+        }
+        read_page(memory, address, what, path)
+    }
+}
+
 /// Reads a page that is part of a tree or a list.
-pub(crate) fn read_page(memory: &dyn PhysMem, address: u64, what: &'static str, path: &str) -> Result<Vec<u8>, Error> {
+fn read_page(memory: &dyn PhysMem, address: u64, what: &'static str, path: &str) -> Result<Vec<u8>, Error> {
     let alignment = memory.page_size().bytes();
     if !address.is_multiple_of(alignment) {
         return Err(Error::new(path, Problem::Misaligned { what, address, alignment }));

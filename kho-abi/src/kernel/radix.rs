@@ -17,10 +17,10 @@
 //! # Ok::<(), kho_abi::kernel::Error>(())
 //! ```
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::format;
 
-use super::memory::{read_page, words};
+use super::memory::{Walk, words};
 use super::{Error, Image, Limits, PageSize, PhysMem, Problem, Ranges};
 
 /// What is preserved.
@@ -105,33 +105,26 @@ impl Shape {
 /// When it leads out of memory or in circles, holds what no page has for a key, or is larger than `limits`.
 pub fn decode(memory: &dyn PhysMem, root: u64, limits: &Limits, path: &str) -> Result<Preserved, Error> {
     let shape = Shape { page_size: memory.page_size() };
-    let mut walk =
-        Walk { memory, shape, limits, path, seen: BTreeSet::new(), runs: 0, preserved: Preserved::default() };
-    walk.table(root, shape.top(), 0)?;
-    walk.preserved.map_pages = walk.seen.len();
-    Ok(walk.preserved)
+    let mut reading =
+        Reading { memory, shape, limits, path, walk: Walk::default(), runs: 0, preserved: Preserved::default() };
+    reading.table(root, shape.top(), 0)?;
+    reading.preserved.map_pages = reading.walk.pages();
+    Ok(reading.preserved)
 }
 
-struct Walk<'a> {
+struct Reading<'a> {
     memory: &'a dyn PhysMem,
     shape: Shape,
     limits: &'a Limits,
     path: &'a str,
-    seen: BTreeSet<u64>,
+    walk: Walk,
     runs: usize,
     preserved: Preserved,
 }
 
-impl Walk<'_> {
+impl Reading<'_> {
     fn page(&mut self, address: u64) -> Result<alloc::vec::Vec<u8>, Error> {
-        if !self.seen.insert(address) {
-            return Err(Error::new(self.path, Problem::Again { address }));
-        }
-        if self.seen.len() > self.limits.pages {
-            let what = "pages in the map of preserved memory";
-            return Err(Error::new(self.path, Problem::TooMany { what, max: self.limits.pages }));
-        }
-        read_page(self.memory, address, "a page of the map", self.path)
+        self.walk.page(self.memory, address, "a page of the map", self.limits, self.path)
     }
 
     /// The recursion is as deep as the tree: at most six tables.

@@ -13,14 +13,13 @@
 //! # Ok::<(), kho_abi::kernel::Error>(())
 //! ```
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::vec::Vec;
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::memory::{read_page, words};
+use super::memory::{Walk, words};
 use super::{Error, Image, Limits, PhysMem, Problem};
 
 /// `struct kho_vmalloc`.
@@ -56,15 +55,9 @@ pub fn pages(memory: &dyn PhysMem, area: &Area, limits: &Limits, path: &str) -> 
     if total > limits.entries {
         return Err(Error::new(path, Problem::TooMany { what: "pages of an area", max: limits.entries }));
     }
-    let (mut pages, mut seen, mut next) = (Vec::new(), BTreeSet::new(), area.first.get());
+    let (mut pages, mut walk, mut next) = (Vec::new(), Walk::default(), area.first.get());
     while next != 0 {
-        if !seen.insert(next) {
-            return Err(Error::new(path, Problem::Again { address: next }));
-        }
-        if seen.len() > limits.pages {
-            return Err(Error::new(path, Problem::TooMany { what: "pages with addresses", max: limits.pages }));
-        }
-        let page = read_page(memory, next, "a page with addresses", path)?;
+        let page = walk.page(memory, next, "a page with addresses", limits, path)?;
         let mut words = words(&page);
         next = words.next().unwrap_or_default();
         for block in words.take_while(|&address| address != 0) {
