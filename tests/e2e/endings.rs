@@ -28,7 +28,7 @@ fn each_way_a_guest_can_end_has_its_exit_status(architecture: Architecture) -> R
             ensure!(found == status, "a guest with{append} ended with {found}, not {status}");
             running.check_unharmed()?;
         }
-        // One that gives up after a live update, a line a second later, ends there: it is neither restored again nor started anew.
+        // One that ends after a live update, as it says a line a second, is neither restored again nor started anew.
         let end = if architecture == Architecture::X86_64 { "triple-fault" } else { "reset" };
         let guest = Guest::resting_oracle("restored", 32).with(&format!("lines=25 end={end}"));
         let mut running = guest.start(host)?;
