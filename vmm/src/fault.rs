@@ -31,7 +31,7 @@ pub enum Process {
     Update,
     /// A VM's.
     Vm,
-    /// The worker of `vmm restore --all`, whose attempts are those of its guardian.
+    /// The worker of `vmm restore --all`. An attempt is a VM's, or, for what concerns all, the guardian's.
     Restore,
 }
 
@@ -198,20 +198,26 @@ pub fn check_syntax() -> Result<(), FaultSyntaxError> {
     parse(&std::env::var(VARIABLE).unwrap_or_default()).map(drop)
 }
 
-/// What is asked for when a process reaches a phase, as far as it concerns the VM of that name.
-pub fn requested(process: Process, phase: Phase, vm: Option<&str>) -> Option<Action> {
+/// What is asked for when a process reaches a phase, as far as it concerns the VM of that name and that attempt. A VM that is being
+/// restored knows both by itself.
+pub fn requested(process: Process, phase: Phase, vm: Option<&str>, attempt: Option<u32>) -> Option<Action> {
     // Read anew each time rather than kept in a global: points are passed a handful of times in a process's life.
     let list = std::env::var(VARIABLE).ok()?;
     let own_name = std::env::var(VM_VARIABLE).ok();
-    let attempt = std::env::var(ATTEMPT_VARIABLE).ok().and_then(|number| number.parse().ok());
-    let vm = vm.or(own_name.as_deref());
+    let own_attempt = std::env::var(ATTEMPT_VARIABLE).ok().and_then(|number| number.parse().ok());
+    let (vm, attempt) = (vm.or(own_name.as_deref()), attempt.or(own_attempt));
     let faults = parse(&list).ok()?;
     faults.into_iter().find(|fault| fault.applies(process, phase, vm, attempt)).map(|fault| fault.action)
 }
 
 /// A process reaches a phase, on behalf of a VM or of all. It may be made to die, to fail or to wait.
 pub fn at(process: Process, phase: Phase, vm: Option<&str>) -> Result<(), InjectedFault> {
-    match requested(process, phase, vm) {
+    at_attempt(process, phase, vm, None)
+}
+
+/// The same at an attempt of which the process makes several.
+pub fn at_attempt(process: Process, phase: Phase, vm: Option<&str>, attempt: Option<u32>) -> Result<(), InjectedFault> {
+    match requested(process, phase, vm, attempt) {
         Some(Action::Kill) => kill_self(),
         Some(Action::Fail) => return Err(InjectedFault(process, phase)),
         Some(Action::Stall) => {
@@ -225,7 +231,7 @@ pub fn at(process: Process, phase: Phase, vm: Option<&str>) -> Result<(), Inject
 
 /// Whether something is to be changed when a process reaches a phase.
 pub fn is_flipped(process: Process, phase: Phase, vm: Option<&str>) -> bool {
-    requested(process, phase, vm) == Some(Action::Flip)
+    requested(process, phase, vm, None) == Some(Action::Flip)
 }
 
 /// Says that a stall begins, for a test that waits for it.

@@ -523,7 +523,7 @@ impl<'arguments> Update<'arguments> {
 
     /// Passes a point where a fault may be asked for. A stall still listens, as a slow step would.
     fn fault(&self, phase: Phase) -> anyhow::Result<()> {
-        if fault::requested(Process::Update, phase, None) == Some(Action::Stall) {
+        if fault::requested(Process::Update, phase, None, None) == Some(Action::Stall) {
             fault::tell_stall(Process::Update, phase);
             let deadline = Instant::now() + fault::STALL;
             while self.hear(deadline)?.is_some() {}

@@ -4,10 +4,8 @@
 //! as long as it has one thread; the child does the work, with the same files open. Should it die, of whatever, the next one is forked
 //! and goes on where the ledger says that it was.
 
-use std::env;
 use std::io;
 
-use crate::fault::ATTEMPT_VARIABLE;
 use crate::handover::ledger::Ledger;
 
 /// How often a worker is forked.
@@ -30,11 +28,7 @@ pub fn post(ledger: &Ledger) -> Role {
     for attempt in 1..=ATTEMPTS {
         // SAFETY: nothing that another thread could hold is missing in the child, as there is no other thread.
         let pid = match unsafe { libc::fork() } {
-            0 => {
-                // SAFETY: there is no other thread that could look at the environment.
-                unsafe { env::set_var(ATTEMPT_VARIABLE, attempt.to_string()) };
-                return Role::Worker(attempt);
-            }
+            0 => return Role::Worker(attempt),
             pid if pid > 0 => pid,
             _ if attempt == 1 => {
                 let error = io::Error::last_os_error();

@@ -81,7 +81,13 @@ impl Supervisor<'_> {
                 drop(handed_over);
                 status
             }
-            Role::Worker(attempt) => return self.work(begun, signals, holder, handed_over, &ledger, Some(attempt)),
+            Role::Worker(attempt) => {
+                // The guardian has the result; what goes wrong here is not yet one.
+                return self.work(begun, signals, holder, handed_over, &ledger, Some(attempt)).or_else(|error| {
+                    tracing::error!("{error:#}");
+                    Ok(status::FAILED)
+                });
+            }
             Role::Alone => self.work(begun, signals, holder, handed_over, &ledger, Some(1))?,
             Role::Bereft => self.work(begun, signals, holder, handed_over, &ledger, None)?,
         };
@@ -112,7 +118,7 @@ impl Supervisor<'_> {
             tracing::warn!(%error, "cannot watch for signals: they are held back");
         }
         // One that is not guarded is not to be harmed.
-        let fault = |phase| attempt.map_or(Ok(()), |_| fault::at(Process::Restore, phase, None));
+        let fault = |phase| attempt.map_or(Ok(()), |_| fault::at_attempt(Process::Restore, phase, None, attempt));
         fault(Phase::InitReached)?;
         let HandedOver { index, sessions, session, retrieved } = handed_over;
         let mut timeline = index.timeline.clone();

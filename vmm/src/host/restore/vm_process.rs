@@ -16,7 +16,7 @@ use crate::cli::LogArgs;
 use crate::control::interface::Mark;
 use crate::control::server::chain;
 use crate::control::socket::RunDir;
-use crate::fault::{self, Process};
+use crate::fault::{self, InjectedFault, Process};
 use crate::handover::channel::{self, ChannelError, Event, Events, Handover, Memory};
 use crate::handover::ledger::Record;
 
@@ -35,6 +35,7 @@ pub enum End {
 /// A process that waits for its VM. Dropped before it has one, it is ended.
 pub struct VmProcess {
     name: String,
+    attempt: u32,
     child: Option<Child>,
     channel: UnixStream,
 }
@@ -58,7 +59,7 @@ impl VmProcess {
         let child = command.spawn()?;
         // Ours goes here, so that the end of the process is the end of the channel.
         drop(theirs);
-        Ok(Self { name: name.to_owned(), child: Some(child), channel })
+        Ok(Self { name: name.to_owned(), attempt, child: Some(child), channel })
     }
 
     /// Its number.
@@ -117,7 +118,7 @@ impl VmProcess {
                 .map_err(|source| died(ChannelError::Io { operation: "set a time-out on", source }))?;
             match events.next() {
                 Ok(Some(Event::FirstInstruction { marks })) => {
-                    if let Err(error) = fault::at(Process::Restore, Phase::FirstInstruction, Some(&self.name)) {
+                    if let Err(error) = self.fault(Phase::FirstInstruction) {
                         tracing::error!(%error, "it is too late for that");
                     }
                     return Ok(marks);
@@ -125,8 +126,7 @@ impl VmProcess {
                 Ok(Some(Event::Refused { reason })) => return Err(End::Refused(reason)),
                 Ok(Some(Event::Failed { reason: said })) => reason = Some(said),
                 Ok(Some(Event::MachineBuilt)) => {
-                    fault::at(Process::Restore, Phase::MachineBuilt, Some(&self.name))
-                        .map_err(|error| End::Died(error.to_string()))?;
+                    self.fault(Phase::MachineBuilt).map_err(|error| End::Died(error.to_string()))?;
                     channel::send_go(&self.channel).map_err(died)?;
                 }
                 Ok(None) => {
@@ -141,6 +141,10 @@ impl VmProcess {
                 Err(error) => return Err(died(error)),
             }
         }
+    }
+
+    fn fault(&self, phase: Phase) -> Result<(), InjectedFault> {
+        fault::at_attempt(Process::Restore, phase, Some(&self.name), Some(self.attempt))
     }
 
     /// Leaves a running VM to itself, and only notes its end.

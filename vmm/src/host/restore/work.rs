@@ -22,7 +22,7 @@ use crate::control::client::Client;
 use crate::control::interface::{RamFile, known_marks};
 use crate::control::server::chain;
 use crate::control::socket::{Claim, RunDir};
-use crate::fault::{self, Process};
+use crate::fault::{self, Action, Process};
 use crate::handover::channel::{Handover, Memory};
 use crate::handover::ledger::Record;
 use crate::handover::luo::{IncomingSession, LuoError};
@@ -371,7 +371,7 @@ impl Work {
         process: Option<&Result<VmProcess, String>>,
         attempt: u32,
     ) -> Result<Files, (String, Option<Files>)> {
-        fault::at(Process::Restore, Phase::FilesRetrieved, Some(&self.vm.name))
+        fault::at_attempt(Process::Restore, Phase::FilesRetrieved, Some(&self.vm.name), Some(attempt))
             .map_err(|error| (error.to_string(), None))?;
         let memory = self.vm.ram.iter().map(|(_, size)| size).fold(0_u64, |sum, size| sum.saturating_add(*size));
         let grant = self.common.allowance.grant(memory).map_err(|reason| (reason, None))?;
@@ -388,7 +388,8 @@ impl Work {
             (Err(error), _) | (_, Err(error)) => return Err((chain(&error), None)),
         };
         self.reached(Phase::FilesRetrieved);
-        if fault::is_flipped(Process::Restore, Phase::FilesRetrieved, Some(&self.vm.name))
+        let asked = fault::requested(Process::Restore, Phase::FilesRetrieved, Some(&self.vm.name), Some(attempt));
+        if asked == Some(Action::Flip)
             && let Some((memory, size)) = self.ram(&files).next()
             && let Err(error) = fault::spoil(memory, size)
         {
@@ -411,7 +412,8 @@ impl Work {
             Err(error) => return Err((format!("its memory cannot be read: {error}"), Some(files))),
         };
         self.reached(Phase::DigestChecked);
-        if let Err(error) = fault::at(Process::Restore, Phase::DigestChecked, Some(&self.vm.name)) {
+        let attempt = Some(self.attempts());
+        if let Err(error) = fault::at_attempt(Process::Restore, Phase::DigestChecked, Some(&self.vm.name), attempt) {
             return Err((error.to_string(), Some(files)));
         }
         match found == content {
