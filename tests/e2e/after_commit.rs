@@ -69,7 +69,7 @@ fn vms_that_can_never_be_restored_are_kept_until_they_are_given_up_and_the_other
         ensure!(vm.attempts <= 1, "a document that can never be accepted was tried again: {vm:?}");
         let vm = restored.vm("third")?;
         let reason = vm.reason.as_deref().unwrap_or_default();
-        ensure!(vm.state == "kept" && reason.contains("did not hand that file over"), "{vm:?}");
+        ensure!(vm.state == "kept" && reason.contains("cannot retrieve file"), "{vm:?}");
         second.await_beats(host, 3)?;
         for name in ["first", "third"] {
             expect_kept(host, name)?;
@@ -127,7 +127,7 @@ fn memory_that_a_restore_may_not_have_stays_where_it_is_until_it_may(architectur
         let reason = vm.reason.as_deref().unwrap_or_default();
         ensure!(reason.contains("/sys/fs/cgroup/small") && reason.contains("memory.max"), "{vm:?}");
         let said = host.run(&["vmm", "restore", &vm.name])?;
-        ensure!(said.code == Some(operator::KEPT) && said.stderr.contains("memory.max"), "{said}");
+        ensure!(said.code == Some(operator::KEPT) && said.stdout.contains("memory.max"), "{said}");
         host.write("/sys/fs/cgroup/small/memory.max", "max")?;
         host.run(&["vmm", "restore", &vm.name])?.success()?;
         await_beats(host, &mut guests, 2)

@@ -78,9 +78,11 @@ fn what_is_in_the_way_of_an_update_is_named_and_guests_run_on(architecture: Arch
         host.signal(holder.pid, 9)?;
         host.wait(&holder)?;
         // Nothing can be written where VMs are found; then there is no room left.
-        host.run(&["mount", "-o", "remount,ro", "/run"])?.success()?;
+        host.run(&["mount", "--bind", "/run/vmm", "/run/vmm"])?.success()?;
+        host.run(&["mount", "-o", "remount,bind,ro", "/run/vmm"])?.success()?;
         expect_refused(host, &mut guests, &["/run/vmm", "Read-only"])?;
-        host.run(&["mount", "-o", "remount,rw,size=256k", "/run"])?.success()?;
+        host.run(&["umount", "/run/vmm"])?.success()?;
+        host.run(&["mount", "-o", "remount,size=256k", "/run"])?.success()?;
         let filled = host.run(&["dd", "if=/dev/zero", "of=/run/rest", "bs=4k"])?;
         ensure!(filled.code != Some(0), "there is room left: {filled}");
         rehearse(host)?.success()?;

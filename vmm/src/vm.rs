@@ -121,10 +121,13 @@ impl VmError {
                 | Self::Files(_)
                 | Self::Machine(
                     MachineError::Config(_)
-                        | MachineError::Arch(ArchError::Unfit(_))
+                        | MachineError::Arch(ArchError::Unfit(_) | ArchError::Missing(_))
                         | MachineError::Memory(MemoryError::Unfit(_))
                         | MachineError::Device(VirtioError::Unfit { .. })
-                        | MachineError::Vcpu(VcpuError::State { source: ArchError::Unfit(_), .. })
+                        | MachineError::Vcpu(VcpuError::State {
+                            source: ArchError::Unfit(_) | ArchError::Missing(_),
+                            ..
+                        })
                 )
         )
     }

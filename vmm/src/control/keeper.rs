@@ -89,6 +89,10 @@ pub trait KeeperProxy {
 
 /// What keeps VMs, as its thread for the socket uses it; calls block.
 pub trait Keeper: Send + Sync {
+    /// Somebody is connected.
+    fn connected(&self);
+    /// Somebody has gone.
+    fn disconnected(&self);
     /// Tries again to restore a VM.
     fn restore(&self, name: &str) -> Result<RestoredMachine, KeeperError>;
     /// A VM's files.
@@ -99,12 +103,21 @@ pub trait Keeper: Send + Sync {
 
 /// Serves a keeper, from a thread of its own, for as long as the process lives.
 pub fn serve(keeper: std::sync::Arc<dyn Keeper>, listener: UnixListener) -> io::Result<()> {
-    accept::serve(listener, move || Service { keeper: keeper.clone() })
+    accept::serve(listener, move || {
+        keeper.connected();
+        Service { keeper: keeper.clone() }
+    })
 }
 
 /// The service, for one connection.
 struct Service {
     keeper: std::sync::Arc<dyn Keeper>,
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.keeper.disconnected();
+    }
 }
 
 impl Service {

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use super::work::{Fate, Outcome};
 use crate::control::interface::RamFile;
@@ -16,11 +17,17 @@ struct Place {
     outcome: Option<Outcome>,
 }
 
+/// How long somebody who has asked may take to hear the answer, when nobody is needed here any more.
+const GOODBYE: Duration = Duration::from_secs(5);
+
 /// All VMs of a live update, of which some are kept.
 #[derive(Default)]
 struct Places {
     places: Mutex<Vec<Place>>,
     changed: Condvar,
+    /// How many are connected.
+    connections: Mutex<usize>,
+    disconnected: Condvar,
 }
 
 /// Keeps what is to be kept, and serves those who ask for it. Returns when none is kept any more.
@@ -43,10 +50,28 @@ pub fn keep(dir: &RunDir, outcomes: Vec<Outcome>) -> Vec<Outcome> {
     while places.iter().any(is_kept) {
         places = keeper.changed.wait(places).unwrap_or_else(PoisonError::into_inner);
     }
-    places.drain(..).filter_map(|place| place.outcome).collect()
+    let outcomes = places.drain(..).filter_map(|place| place.outcome).collect();
+    drop(places);
+    keeper.await_goodbye();
+    outcomes
 }
 
 impl Places {
+    /// Whoever has got a VM away from here has not heard of it yet.
+    fn await_goodbye(&self) {
+        let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.disconnected.wait_timeout_while(connections, GOODBYE, |connections| *connections > 0);
+        if waited.is_ok_and(|(_, waited)| waited.timed_out()) {
+            tracing::warn!("somebody who is connected is left without an answer");
+        }
+    }
+
+    fn count(&self, change: impl FnOnce(usize) -> usize) {
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        *connections = change(*connections);
+        self.disconnected.notify_all();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Place>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -79,6 +104,14 @@ fn find<'a>(places: &'a mut [Place], name: &str) -> Result<&'a mut Place, Keeper
 }
 
 impl Keeper for Places {
+    fn connected(&self) {
+        self.count(|connections| connections + 1);
+    }
+
+    fn disconnected(&self) {
+        self.count(|connections| connections.saturating_sub(1));
+    }
+
     fn restore(&self, name: &str) -> Result<RestoredMachine, KeeperError> {
         self.change(name, |outcome| {
             let outcome = outcome.try_again();
