@@ -131,8 +131,8 @@ cat /dev/kmsg | awk -F ';' "/$bad/ { print \"DAMAGE kernel \" \$2; fflush() }" &
 # A second process shows that the scheduler and timers serve more than one.
 echo 0 > /tmp/ticks
 ( ticks=0; while :; do ticks=$((ticks + 1)); echo "$ticks" > /tmp/ticks; sleep 1; done ) &
-# Typed on the serial port, `poweroff` ends the guest.
-( while read -r typed; do [ "$typed" = poweroff ] && exec poweroff -f; done ) < /dev/ttyS0 &
+# Typed on the serial port, `poweroff` and `reboot` end the guest.
+( while read -r typed; do case $typed in poweroff | reboot) exec "$typed" -f ;; esac; done ) < /dev/ttyS0 &
 
 echo 0 > /tmp/count
 place=

@@ -73,7 +73,8 @@ fn a_console_is_left_and_found_again_with_all_that_was_said(architecture: Archit
     })
 }
 
-fn attach(host: &mut Host, socket: &str, manner: &[&str]) -> Result<Process> {
+/// Somebody at a console.
+pub fn attach(host: &mut Host, socket: &str, manner: &[&str]) -> Result<Process> {
     let program = format!("{SHARE}/lab-load");
     host.spawn(&[&[program.as_str(), "attach", "--socket", socket], manner].concat())
 }

@@ -1,4 +1,5 @@
 //! A fault at every phase of a live update, in every process that reaches it: no guest is lost, and none runs twice.
+use crate::console::attach;
 use anyhow::{Context, Result, bail, ensure};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
@@ -162,24 +163,37 @@ fn in_a_vm(host: &mut Host, fault: &Fault) -> Result<()> {
 }
 
 fn a_guest_that_ends_under_an_update_ends_once_and_the_others_go_on(architecture: Architecture) -> Result<()> {
+    const CONSOLE: &str = "/run/leaver.console";
     Host::with(HostConfig::new("ends-meanwhile", architecture, 1024)?, |host| {
-        let mut other = Guest::oracle("other", 64).start(host)?;
+        std::fs::copy(&host.config().products.load, host.local("lab-load"))?;
+        let mut other = Guest::resting_oracle("other", 64).start(host)?;
         other.await_beats(host, 1)?;
         // Its process takes its time, in which the guest comes to its end: while its memory is being preserved, and when it is to
         // stand still.
-        for (number, phase) in ["prepared", "pause-asked"].into_iter().enumerate() {
+        for (phase, end, status) in [("prepared", "reboot", operator::GUEST_RESET), ("pause-asked", "poweroff", 0)] {
             let stall = format!("vm.{phase}=stall");
-            let leaver = Guest::oracle("leaver", 64).with("lines=14 end=reset");
-            let mut leaver = leaver.start_with(host, &[("KHO_VMM_FAULT", &stall)])?;
-            leaver.await_beats(host, 1)?;
-            let (boots, output) = (host.boots(), format!("ends-{number}"));
-            let options: &[&str] = if number == 0 { &["--rehearse"] } else { &[] };
+            let leaver = Guest::linux("leaver", 192).option("serial", &format!("socket={CONSOLE}"));
+            let leaver = leaver.start_with(host, &[("KHO_VMM_FAULT", &stall)])?;
+            host.wait_until("its console", PATIENCE, |host| {
+                Ok((host.run(&["ls", CONSOLE])?.code == Some(0)).then_some(()))
+            })?;
+            let reader = attach(host, CONSOLE, &["--until", "LINUX line"])?;
+            host.wait(&reader)?.success()?;
+            let (boots, output) = (host.boots(), format!("ends-{phase}"));
+            let rehearsed = phase == "prepared";
+            let options: &[&str] = if rehearsed { &["--rehearse"] } else { &[] };
             let update = Update { options, ..Update::default() };
             let process = operator::start_update(host, Side::Newer, &output, &update)?;
-            leaver.await_end(host)?;
-            let said = if number == 0 {
+            host.wait_until("the VM to take its time", PATIENCE, |host| {
+                ensure!(!host.has_ended(&process)?, "the update has ended");
+                Ok(host.stderr(&leaver.process)?.contains(&format!("a stall at vm.{phase}")).then_some(()))
+            })?;
+            let typist = attach(host, CONSOLE, &["--say", end])?;
+            host.wait(&typist)?.success()?;
+            let said = if rehearsed {
                 let said = host.wait(&process)?.success()?;
-                ensure!(leaver.status(host)? == operator::GUEST_RESET, "it did not end by its reset");
+                let found = leaver.status(host)?;
+                ensure!(found == status, "a guest that did {end} ended with {found}, not {status}");
                 said.stdout
             } else {
                 let (restored, ended) = operator::await_restore(host, Side::Newer, boots, &process, &output)?;
