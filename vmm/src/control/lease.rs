@@ -38,7 +38,6 @@ impl Lease {
     }
 
     /// Whether somebody holds it.
-    #[cfg(test)]
     pub fn is_held(&self) -> bool {
         self.lock().held.is_some()
     }
@@ -53,11 +52,14 @@ impl Lease {
         }
     }
 
-    /// Grants it to whoever holds the other end of `lease`, and watches that end.
-    pub fn grant(&self, lease: OwnedFd) -> io::Result<()> {
+    /// Grants it to whoever holds the other end of `lease`, and watches that end. `false` where somebody else holds it, who keeps it.
+    pub fn grant(&self, lease: OwnedFd) -> io::Result<bool> {
         let watched = lease.try_clone()?;
         let serial = {
             let mut current = self.lock();
+            if current.held.is_some() {
+                return Ok(false);
+            }
             current.serial += 1;
             current.held = Some(lease);
             current.serial
@@ -71,7 +73,7 @@ impl Lease {
             self.release();
             return Err(error);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Waits until nobody holds it any more.
@@ -135,7 +137,7 @@ mod tests {
     fn vm_thaws_when_the_holder_goes() {
         let (lease, thawed) = lease();
         let (holder, handed_out) = pair().unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         assert!(lease.is_held());
         assert!(thawed.recv_timeout(Duration::from_millis(50)).is_err());
         drop(holder);
@@ -147,7 +149,7 @@ mod tests {
     fn released_lease_ends_without_effect() {
         let (lease, thawed) = lease();
         let (holder, handed_out) = pair().unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         lease.release();
         drop(holder);
         assert!(thawed.recv_timeout(Duration::from_millis(100)).is_err());
@@ -157,10 +159,10 @@ mod tests {
     fn end_of_an_old_lease_leaves_a_new_one_alone() {
         let (lease, thawed) = lease();
         let (old_holder, handed_out) = pair().unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         lease.release();
         let (_new_holder, handed_out) = pair().unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         drop(old_holder);
         assert!(thawed.recv_timeout(Duration::from_millis(100)).is_err());
         assert!(lease.is_held());
@@ -170,7 +172,7 @@ mod tests {
     fn reclaim_thaws_exactly_once_and_only_without_a_holder() {
         let (lease, thawed) = lease();
         let (holder, handed_out) = pair().unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         lease.reclaim();
         assert!(lease.is_held());
         drop(holder);
@@ -180,11 +182,24 @@ mod tests {
     }
 
     #[test]
+    fn holder_keeps_it_when_somebody_else_asks() {
+        let (lease, thawed) = lease();
+        let (holder, handed_out) = pair().unwrap();
+        assert!(lease.grant(handed_out).unwrap());
+        let (other, handed_out) = pair().unwrap();
+        assert!(!lease.grant(handed_out).unwrap());
+        drop(other);
+        assert!(thawed.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(holder);
+        thawed.recv_timeout(Duration::from_secs(5)).unwrap();
+    }
+
+    #[test]
     fn data_in_the_pipe_is_no_end() {
         let (lease, thawed) = lease();
         let (holder, handed_out) = pair().unwrap();
         rustix::io::write(&holder, b"still here").unwrap();
-        lease.grant(handed_out).unwrap();
+        assert!(lease.grant(handed_out).unwrap());
         assert!(thawed.recv_timeout(Duration::from_millis(100)).is_err());
         drop(holder);
         thawed.recv_timeout(Duration::from_secs(5)).unwrap();

@@ -143,10 +143,19 @@ fn prepare(
     let count = u32::try_from(handed.len()).unwrap_or(u32::MAX);
     let Ok([handed]) = <[OwnedFd; 1]>::try_from(handed) else { return Err(MachineError::LeaseMissing { count }) };
     lease.reclaim();
-    let prepared = guest.prepare()?;
-    if let Err(error) = lease.grant(handed) {
+    // Before anything is done: a guest that ends meanwhile is waited for by whoever holds the lease, and the end of that is noticed.
+    let granted = lease.grant(handed).map_err(|error| failed("watch the lease", &error))?;
+    // Where somebody else holds it, the VM is prepared already, and says so.
+    let prepared = guest.prepare().inspect_err(|_| {
+        if granted {
+            lease.release()
+        }
+    })?;
+    if !lease.is_held() {
+        // It has ended before there was anything to take back.
         guest.thaw()?;
-        return Err(failed("watch the lease", &error));
+        let reason = "the live update that has asked for it is gone".to_owned();
+        return Err(MachineError::OperationFailed { operation: "prepare".to_owned(), reason });
     }
     let ram = prepared.ram.iter().map(|&(token, size, _)| RamFile { token, size }).collect();
     let mut files = vec![prepared.state];
