@@ -142,7 +142,11 @@ impl Architecture {
             // as a real machine's processor tells it. A TSC that is taken for unstable makes KVM adjust those of guests.
             (Self::X86_64, Accelerator::Tcg) => format!("tsc=reliable tsc_early_khz={counter_khz}"),
             (Self::X86_64, Accelerator::Kvm) => "tsc=reliable".to_owned(),
-            (Self::Aarch64, _) => String::new(),
+            // QEMU (10.0.2 and 10.0.13) does not subtract CNTPOFF_EL2 from a guest's physical counter where it emulates no EL3, and
+            // the kernel's KVM relies on it. A guest whose physical timer comes then does nothing but exit, until the host's counter
+            // has gone as far again as it had when the guest was made. Without FEAT_ECV KVM emulates that timer, and is right.
+            (Self::Aarch64, Accelerator::Tcg) => "id_aa64mmfr0.ecv=0".to_owned(),
+            (Self::Aarch64, Accelerator::Kvm) => String::new(),
         }
     }
 

@@ -1,8 +1,5 @@
 //! The generic timer: the virtual one ticks. The physical one is put off by each tick, and so comes only when ticks do not: it
 //! wakes the CPU then, and else has to keep what it is set to.
-//!
-//! That it does not tick on its own is for the lab's sake. On a host in QEMU 10.0 a guest whose physical timer expires was seen to
-//! stand still, in nothing but exits, for as long as its counter is behind the host's. QEMU's handling of that offset is suspected.
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
