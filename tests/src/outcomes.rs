@@ -77,13 +77,14 @@ impl Outcomes {
         self.0.get(&(test.to_owned(), architecture.name())).copied().unwrap_or(Outcome::NotRun)
     }
 
-    /// The table. A row's outcome is that of its worst test.
-    pub fn table(&self) -> String {
+    /// The table. A row's outcome is that of its worst test. `before` is the table that has the outcomes on the architectures that
+    /// this run has left out.
+    fn table(&self, ran: &[Architecture], before: &str) -> String {
         let mut text = String::from(
             "# What must survive, and what has become of it\n\
-             Written by `cargo xtask test --arch all --full`, from what its tests have come to. Each test makes the fault of its row\n\
-             happen and checks what has come of it. Those of `e2e` do so with real guests on a real kernel's KVM, KHO and LUO, in the\n\
-             lab's hosts; those of `vmm` and `contract` (kho-abi's) take a part by itself. Rows are in `tests/src/outcomes/rows.rs`.\n",
+             Written by `cargo xtask test --full`, for the architectures that it ran on. Each test makes the fault of its row happen\n\
+             and checks what has come of it. Those of `e2e` do so with real guests on a real kernel's KVM, KHO and LUO, in the lab's\n\
+             hosts; those of `vmm` and `contract` (kho-abi's) take a part by itself. Rows are in `tests/src/outcomes/rows.rs`.\n",
         );
         for (title, rows) in SECTIONS {
             let _ = write!(text, "\n## {title}\n| fault | what comes of it | tests |");
@@ -94,11 +95,19 @@ impl Outcomes {
             text.push_str(&"---|".repeat(Architecture::ALL.len()));
             text.push('\n');
             for row in rows {
-                text.push_str(&beginning(row));
+                let beginning = beginning(row);
+                let old = before.lines().find_map(|line| line.strip_prefix(&beginning)).unwrap_or_default();
+                let mut old = old.split_terminator('|').map(str::trim);
+                text.push_str(&beginning);
                 for &architecture in Architecture::ALL {
-                    let tests = row.tests.iter().filter(|test| concerns(test, architecture));
-                    let worst = tests.map(|test| self.of(test, architecture)).max();
-                    let _ = write!(text, " {} |", worst.unwrap_or(Outcome::NotRun).in_words());
+                    let old = old.next();
+                    let outcome = if ran.contains(&architecture) {
+                        let tests = row.tests.iter().filter(|test| concerns(test, architecture));
+                        tests.map(|test| self.of(test, architecture)).max().unwrap_or(Outcome::NotRun).in_words()
+                    } else {
+                        old.unwrap_or(Outcome::NotRun.in_words())
+                    };
+                    let _ = write!(text, " {outcome} |");
                 }
                 text.push('\n');
             }
@@ -106,19 +115,23 @@ impl Outcomes {
         text
     }
 
-    /// Writes the table: to its place in the repository after a run that leaves nothing out, else beside what was built.
-    pub fn write(&self, complete: bool) -> Result<PathBuf> {
-        self.check_names()?;
-        let path = if complete { committed() } else { paths::target().join("FAULTS.md") };
-        fs::write(&path, self.table()).with_context(|| format!("cannot write {}", path.display()))?;
+    /// Writes the table: to its place in the repository after a run that leaves out no test of these architectures, else beside what
+    /// was built.
+    pub fn write(&self, ran: &[Architecture], complete: bool) -> Result<PathBuf> {
+        self.check_names(ran)?;
+        let committed = committed();
+        let before = fs::read_to_string(&committed).with_context(|| format!("cannot read {}", committed.display()))?;
+        let path = if complete { committed } else { paths::target().join("FAULTS.md") };
+        fs::write(&path, self.table(ran, &before)).with_context(|| format!("cannot write {}", path.display()))?;
         Ok(path)
     }
 
     /// A test that has another name now would be missing silently.
-    fn check_names(&self) -> Result<()> {
+    fn check_names(&self, ran: &[Architecture]) -> Result<()> {
         let known = |test: &str| self.0.keys().any(|(name, _)| name == test);
         let all = SECTIONS.iter().flat_map(|(_, rows)| rows.iter()).flat_map(|row| row.tests);
-        let unknown: Vec<_> = all.filter(|test| !known(test)).collect();
+        let expected = all.filter(|test| ran.iter().any(|&architecture| concerns(test, architecture)));
+        let unknown: Vec<_> = expected.filter(|test| !known(test)).collect();
         ensure!(unknown.is_empty(), "no tests are called {unknown:?}, of which tests/src/outcomes/rows.rs tells");
         Ok(())
     }
@@ -165,7 +178,28 @@ mod tests {
         assert_eq!(found("vmm arch::aarch64::gic::two", Architecture::X86_64), Outcome::Passed);
         assert_eq!(found("vmm arch::aarch64::gic::two", Architecture::Aarch64), Outcome::NotRun);
         assert!(Outcome::Failed > Outcome::NotRun && Outcome::NotRun > Outcome::Passed);
-        assert!(outcomes.check_names().is_err());
+        assert!(outcomes.check_names(&[Architecture::X86_64]).is_err());
+    }
+
+    #[test]
+    fn outcomes_on_an_architecture_that_was_left_out_stay() {
+        let cells = |table: &str| -> Vec<(String, String)> {
+            let rows = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| fault |"));
+            rows.map(|line| {
+                let mut cells = line.rsplit('|').skip(1).map(|cell| cell.trim().to_owned());
+                let (aarch64, x86_64) = (cells.next().unwrap(), cells.next().unwrap());
+                (x86_64, aarch64)
+            })
+            .collect()
+        };
+        let (mut first, test) = (Outcomes::default(), SECTIONS[0].1[0].tests[0].to_owned());
+        first.0.insert((test, "x86_64"), Outcome::Passed);
+        let before = first.table(&[Architecture::X86_64], "");
+        let after = Outcomes::default().table(&[Architecture::Aarch64], &before);
+        assert_eq!(cells(&before)[0], ("passed".to_owned(), "not run".to_owned()));
+        assert_eq!(cells(&after), cells(&before));
+        let forgotten = Outcomes::default().table(&[Architecture::X86_64], &before);
+        assert_eq!(cells(&forgotten)[0].0, "not run");
     }
 
     #[test]
@@ -176,7 +210,10 @@ mod tests {
             table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| fault |")).collect();
         assert_eq!(lines.len(), rows.len());
         for (line, row) in lines.iter().zip(&rows) {
-            assert!(line.starts_with(row), "run `cargo xtask test --arch all --full`: {line}");
+            assert!(
+                line.starts_with(row),
+                "write the row as it is in tests/src/outcomes/rows.rs, or run `cargo xtask test --full`: {line}"
+            );
         }
     }
 }
