@@ -6,7 +6,6 @@ use tests::architecture::Architecture;
 use tests::check;
 use tests::guests::{Guest, Running, await_beats};
 use tests::host::{Host, HostConfig, Side};
-use tests::link::SHARE;
 use tests::operator::{self, Update};
 
 on_each_architecture![four_vcpus_outlive_a_change_of_kernel_and_the_way_back];
@@ -53,18 +52,11 @@ fn vcpus_in_a_storm_of_interrupts_outlive_updates_at_any_instant(architecture: A
         let mut guests =
             [four("storm", STORM).start(host)?, four("hotplug", &format!("{STORM} hotplug=on")).start(host)?];
         await_beats(host, &mut guests, 2)?;
-        let (kernel, initrd) = (Host::image(Side::Newer), format!("{SHARE}/initrd"));
-        // Before the guests: eight vCPUs without rest would leave it a ninth of a processor to look at the next kernel with.
-        let mut rehearsal = vec!["sh", "-c", "renice -n -20 -p $$ && exec \"$@\"", "sh"];
-        rehearsal.extend(["vmm", "update", "--rehearse", "--json", "--reuse-cmdline"]);
-        rehearsal.extend(["--kernel", &kernel, "--initrd", &initrd]);
         for number in 1..=freezes() {
             random = scramble(random);
             // There is nothing to wait for: any instant will do.
             std::thread::sleep(Duration::from_millis(random % WITHIN_MS));
-            let said = host.run(&rehearsal)?.success()?;
-            let result = operator::result_line(&said.stdout)?;
-            ensure!(result["result"] == "rehearsed", "{said}");
+            operator::rehearse(host, Side::Newer)?;
             // Not a sign of life after each: then all would be frozen soon after one.
             let more = u64::from(number.is_multiple_of(5));
             await_beats(host, &mut guests, more).with_context(|| format!("after freeze {number}"))?;

@@ -3,7 +3,6 @@ use anyhow::{Context, Result, ensure};
 use tests::architecture::Architecture;
 use tests::guests::{Guest, Running};
 use tests::host::{Host, HostConfig, PATIENCE, Side};
-use tests::link::SHARE;
 use tests::operator::{self, Update};
 
 on_each_architecture![connections_are_reset_by_live_updates_and_work_again_at_once_in_both_directions];
@@ -28,7 +27,7 @@ fn connections_are_reset_by_live_updates_and_work_again_at_once_in_both_directio
             Ok(guest.log.loads.contains_key("answer").then_some(()))
         })?;
         reach(host)?;
-        rehearse(host)?;
+        operator::rehearse(host, Side::Newer)?;
         guest.await_load(host, "vsock", 2)?;
         ensure!(count(&guest, "vsock", "connections")? == 1, "the rehearsal has cost a connection: {guest:?}");
         for (side, number) in [(Side::Newer, 1), (Side::Older, 2)] {
@@ -88,12 +87,6 @@ fn reach(host: &mut Host) -> Result<()> {
 fn stay_connected(host: &mut Host) -> Result<()> {
     let program = host.spawn(&["lab-load", "reach", "--socket", SOCKET, "--port", ANSWER, "--stay"])?;
     host.wait_until("the answer", PATIENCE, |host| Ok(host.stdout(&program)?.contains("echoed=1024").then_some(())))
-}
-
-fn rehearse(host: &mut Host) -> Result<()> {
-    let (kernel, initrd) = (Host::image(Side::Newer), format!("{SHARE}/initrd"));
-    let argv = ["vmm", "update", "--rehearse", "--kernel", &kernel, "--initrd", &initrd, "--reuse-cmdline"];
-    host.run(&argv)?.success().map(drop)
 }
 
 /// A number in the last words of a load.
