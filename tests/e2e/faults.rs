@@ -77,9 +77,13 @@ fn faults(host: &mut Host) -> Result<Vec<Fault>> {
     Ok(faults)
 }
 
+/// A guest that is left out of all updates, and pauses with the others.
+const BYSTANDER: &str = "bystander";
+
 fn no_fault_at_any_phase_before_the_reboot_harms_a_guest(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("faults-before", architecture, 1024)?, |host| {
         let mut survivor = Guest::oracle("survivor", 64).start(host)?;
+        let mut bystander = Guest::resting_oracle(BYSTANDER, 32).start(host)?;
         survivor.await_beats(host, 1)?;
         let faults = faults(host)?;
         let boots = host.boots();
@@ -94,7 +98,12 @@ fn no_fault_at_any_phase_before_the_reboot_harms_a_guest(architecture: Architect
             survivor.await_beats(host, 1).with_context(|| format!("after {fault:?}"))?;
             let status = operator::status(host, "survivor")?;
             ensure!(status["state"] == "running", "after {fault:?}: {status}");
+            bystander.await_beats(host, 1).with_context(|| format!("after {fault:?}"))?;
+            host.wait_until("the next kernel to be unloaded", PATIENCE, |host| {
+                Ok((host.read("/sys/kernel/kexec/loaded")?.trim() == "0").then_some(()))
+            })?;
         }
+        host.run(&["vmm", "stop", BYSTANDER])?.success()?;
         operator::live_update_of_all(host, Side::Newer, &Update::default())?;
         survivor.await_beats(host, 2)
     })
@@ -112,9 +121,14 @@ fn in_the_update(
         _ => fault.entry(None),
     };
     let env = [("KHO_VMM_FAULT", entry.as_str())];
-    let options: &[&str] = if fault.phase == "memory-digested" { &["--digest"] } else { &[] };
-    let process =
-        operator::start_update(host, Side::Newer, "unexpected", &Update { env: &env, options, ..Update::default() })?;
+    let mut options = vec!["--skip", BYSTANDER];
+    options.extend((fault.phase == "memory-digested").then_some("--digest"));
+    let process = operator::start_update(
+        host,
+        Side::Newer,
+        "unexpected",
+        &Update { env: &env, options: &options, ..Update::default() },
+    )?;
     let mut ended_by = "";
     if fault.action == "stall" {
         let (name, signal) = signals.next().context("a cycle has an end")?;
@@ -146,7 +160,7 @@ fn in_a_vm(host: &mut Host, fault: &Fault) -> Result<()> {
     let entry = fault.entry(None);
     let mut culprit = Guest::oracle("culprit", 64).start_with(host, &[("KHO_VMM_FAULT", &entry)])?;
     culprit.await_beats(host, 1)?;
-    let options = &["--timeout", "5", "--prepare-timeout", "5"];
+    let options = &["--timeout", "5", "--prepare-timeout", "5", "--skip", BYSTANDER];
     let process = operator::start_update(host, Side::Newer, "unexpected", &Update { options, ..Update::default() })?;
     let said = host.wait(&process)?;
     let reason = failure(&said)?;

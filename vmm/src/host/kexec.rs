@@ -101,8 +101,13 @@ impl LoadedKernel {
 
 impl Drop for LoadedKernel {
     fn drop(&mut self) {
-        if let Err(error) = kexec_file_load(-1, -1, None, UNLOAD) {
-            tracing::error!(%error, "cannot unload the next kernel");
-        }
+        unload();
+    }
+}
+
+/// Unloads the next kernel, if one is loaded.
+pub fn unload() {
+    if let Err(error) = kexec_file_load(-1, -1, None, UNLOAD) {
+        tracing::error!(%error, "cannot unload the next kernel");
     }
 }

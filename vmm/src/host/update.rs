@@ -3,10 +3,11 @@
 //! In order: check the host and the next kernel; load it; prepare every VM and preserve its files, while guests run;
 //! write back the host's dirty pages; pause every guest and have its document written; write the index; reboot. Until
 //! the reboot call everything can be undone, and whatever fails before is: guests run on, sessions are closed, the
-//! image is unloaded. Should this process be killed, the kernel closes what it held, which comes to the same.
+//! image is unloaded. Should this process be killed, the kernel closes what it held, and the janitor does the rest.
 
 pub mod check;
 mod index;
+mod janitor;
 mod left_behind;
 mod worker;
 
@@ -24,6 +25,7 @@ use serde_json::{Value, json};
 
 use self::check::{Checked, check};
 use self::index::IndexFile;
+use self::janitor::Janitor;
 use self::left_behind::LeftBehind;
 use self::worker::{Command, Done, Worker};
 use super::kexec::LoadedKernel;
@@ -53,6 +55,8 @@ enum Message {
 pub fn update(dir: &RunDir, arguments: &UpdateArgs, started: u64) -> anyhow::Result<u8> {
     let (messages, inbox) = mpsc::channel();
     let signals = Signals::hold().context("cannot hold back signals")?;
+    // Before the first thread, and before there is anything to be held.
+    let janitor = Janitor::post(dir);
     let mut report = Report::new(arguments.json);
     report.phase(Phase::UpdateStarted, started, "live update started");
     report.doing("checking the host and the next kernel");
@@ -63,7 +67,7 @@ pub fn update(dir: &RunDir, arguments: &UpdateArgs, started: u64) -> anyhow::Res
 
     let teller = messages.clone();
     signals.watch(move |signal| teller.send(Message::Signal(signal)).is_ok()).context("cannot watch for signals")?;
-    let mut update = Update::new(arguments, checked, report, messages, inbox, started)?;
+    let mut update = Update::new(arguments, checked, report, messages, inbox, started, janitor)?;
     let outcome = update.carry_out();
     // Here only when there was no reboot.
     let phase = update.phase;
@@ -128,6 +132,8 @@ struct Update<'arguments> {
     /// Keeps the VMs from thawing by themselves.
     lease: Option<OwnedFd>,
     checked: check::Files,
+    /// Tidies up, should this process be killed.
+    janitor: Option<Janitor>,
     /// Keeps others from updating or restoring meanwhile.
     _locks: check::Locks,
 }
@@ -140,6 +146,7 @@ impl<'arguments> Update<'arguments> {
         messages: Sender<Message>,
         inbox: Receiver<Message>,
         started: u64,
+        janitor: Option<Janitor>,
     ) -> anyhow::Result<Self> {
         let Checked { files, device, frequency_hz, vms, left_behind, locks } = checked;
         let generation = vms.iter().map(|vm| vm.status.generation).max().unwrap_or_default() + 1;
@@ -170,6 +177,7 @@ impl<'arguments> Update<'arguments> {
             device: Some(Arc::new(device)),
             lease: None,
             checked: files,
+            janitor,
             _locks: locks,
         })
     }
@@ -200,6 +208,7 @@ impl<'arguments> Update<'arguments> {
         self.phase = "load";
         self.report.doing("loading the next kernel");
         let check::Files { kernel, initrd, command_line } = &self.checked;
+        self.janitor.iter().for_each(Janitor::loads);
         self.kernel = Some(LoadedKernel::load(kernel, initrd.as_ref(), command_line)?);
         let image = self.arguments.next.kernel.display();
         self.reached(Phase::ImageLoaded, &format!("next kernel loaded: {image}"));
@@ -304,7 +313,8 @@ impl<'arguments> Update<'arguments> {
 
     fn leave_behind(&mut self) {
         for vm in &mut self.left_behind {
-            let (name, trouble) = (vm.name.clone(), vm.pause().err());
+            let announce = |name: &str| self.janitor.iter().for_each(|janitor| janitor.pauses(name));
+            let (name, trouble) = (vm.name.clone(), vm.pause(announce).err());
             let event = json!({"event": "left-behind", "vm": name, "paused": trouble.is_none(), "reason": trouble});
             let text = match &trouble {
                 None => format!("{name} is left behind: it is paused, and ends with this kernel"),
@@ -423,6 +433,7 @@ impl<'arguments> Update<'arguments> {
         self.left_behind.iter_mut().for_each(LeftBehind::resume);
         self.index_file = None;
         self.kernel = None;
+        self.janitor.iter().for_each(Janitor::done);
         let (mut running, mut lost) = (Vec::new(), Vec::new());
         for (number, worker) in self.workers.iter().enumerate().filter(|(_, worker)| !worker.ended) {
             match answers.remove(&number) {

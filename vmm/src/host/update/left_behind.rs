@@ -23,11 +23,12 @@ impl LeftBehind {
         Self { name: name.to_owned(), client: Client::connect(dir, name, limit), paused: false }
     }
 
-    /// Pauses it. What does not answer ends as it is.
-    pub fn pause(&mut self) -> Result<(), String> {
+    /// Pauses it, unless it is, and says so before. What does not answer ends as it is.
+    pub fn pause(&mut self, announce: impl FnOnce(&str)) -> Result<(), String> {
         let unheard = |error: &ClientError| format!("it does not answer: {}", chain(error));
         let client = self.client.as_mut().map_err(|error| unheard(error))?;
         if client.status().map_err(|error| unheard(&error))?.state == MachineState::Running {
+            announce(&self.name);
             client.pause().map_err(|error| unheard(&error))?;
             self.paused = true;
         }
