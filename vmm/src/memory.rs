@@ -9,6 +9,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use kho_abi::document::memory::RamRangeV1;
 use kho_abi::tokens;
@@ -165,17 +167,37 @@ impl Ram {
                 .map_err(system(
                     "back it with memory before it is handed over (does the host have enough free memory?)",
                 ))?;
-            // SAFETY: as above; whoever uses the memory meanwhile waits for a moment and finds the same content.
-            let collapsed = unsafe { libc::madvise(start.as_ptr().cast(), length as usize, libc::MADV_COLLAPSE) };
-            if collapsed < 0 {
-                scattered = Some(io::Error::last_os_error());
-            }
+            // SAFETY: the range is inside of our own shared mapping.
+            scattered = unsafe { collapse(start, length as usize) }.err().or(scattered);
             offset += length;
         }
         if let Some(error) = scattered {
             tracing::warn!(%error, "not all of the guest's memory is in huge pages: a live update will take longer");
         }
         Ok(())
+    }
+}
+
+/// Makes huge pages of small ones.
+///
+/// # Safety
+/// The range must be mapped and shared. Whoever uses it meanwhile waits for a moment and finds the same content.
+unsafe fn collapse(start: NonNull<u8>, length: usize) -> io::Result<()> {
+    /// Pages that the guest or the kernel is just using are refused for the moment.
+    const TRIES: u32 = 20;
+    const BETWEEN: Duration = Duration::from_millis(10);
+    let mut tries = 0;
+    loop {
+        // SAFETY: the caller's word.
+        if unsafe { libc::madvise(start.as_ptr().cast(), length, libc::MADV_COLLAPSE) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        tries += 1;
+        if error.kind() != io::ErrorKind::WouldBlock || tries == TRIES {
+            return Err(error);
+        }
+        thread::sleep(BETWEEN);
     }
 }
 
