@@ -279,8 +279,9 @@ impl Vm {
         }
     }
 
-    /// Lets the guest run for the first time in this process, unless it was paused before a live update. `before_first_run` is called right before any vCPU enters the guest,
-    /// with the timeline, which after a cold start has nothing in it but that; from then on the guest's memory changes.
+    /// Lets the guest run for the first time in this process, unless it was paused before a live update. `before_first_run` is called
+    /// right before any vCPU enters the guest, with the timeline, which after a cold start has nothing in it but that; from then on
+    /// the guest's memory changes.
     pub fn run(&self, before_first_run: Box<dyn FnOnce(&TimelineV3) + Send>) -> Result<(), VmError> {
         self.0.machine.start_devices()?;
         let mut control = self.0.control();
