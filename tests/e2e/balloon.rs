@@ -11,10 +11,10 @@ on_one_architecture! { aarch64, a_guest_gives_memory_back_through_live_updates_a
 const MIB: u64 = 1 << 20;
 /// The guest's memory.
 const MEMORY: u64 = 256;
-/// What it is asked for, and what is left in use if a third of that lies in whole blocks: in so small a guest, free memory is scattered
-/// among what is used.
+/// What it is asked for, and what is left in use if a sixth of that lies in whole blocks: in so small a guest, free memory is scattered
+/// among what is used. A third was seen to be too much to ask for, of a guest that had 38 MiB of 152 in whole blocks.
 const BALLOON: u64 = 144;
-const LEFT: u64 = MEMORY - BALLOON / 3;
+const LEFT: u64 = MEMORY - BALLOON / 6;
 
 fn a_guest_gives_memory_back_through_live_updates_and_gets_it_again(architecture: Architecture) -> Result<()> {
     Host::with(HostConfig::new("balloon", architecture, 1024)?, |host| {
@@ -35,7 +35,7 @@ fn a_guest_gives_memory_back_through_live_updates_and_gets_it_again(architecture
         await_actual(host, BALLOON)?;
         await_backed(host, LEFT)?;
         let less = shared_memory(host)?;
-        ensure!(less + BALLOON * MIB / 4 < full, "the host had {full} bytes of shared memory in use, now {less}");
+        ensure!(less + BALLOON * MIB / 8 < full, "the host had {full} bytes of shared memory in use, now {less}");
         // And another one once more; when it is undone, what is in the balloon goes back once more.
         rehearse(host)?;
         await_backed(host, LEFT)?;
