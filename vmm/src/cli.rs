@@ -46,7 +46,7 @@ Exit status:
 Environment:
   KHO_VMM_RUN_DIR       the folder of the VMs' sockets, instead of /run/vmm
   KHO_VMM_INIT_COUNTER  the raw counter (TSC, CNTVCT) at which init was reached, for the timeline (`restore`)
-  KHO_VMM_FAULT         faults to inject, for tests: POINT[/VM]=kill|fail|stall|flip[@ATTEMPT], comma-separated";
+  KHO_VMM_FAULT         faults to inject, for tests: PROCESS.PHASE[/VM]=kill|fail|stall|flip[@ATTEMPT], comma-separated";
 
 /// A virtual machine monitor whose guests outlive a change of the host's kernel
 #[derive(Debug, Parser)]

@@ -157,7 +157,9 @@ impl Ram {
     pub fn populate(&self) -> Result<(), MemoryError> {
         // One call over all of it could not be interrupted for seconds.
         const STEP: u64 = 256 << 20;
-        let (mut offset, mut scattered) = (0, None);
+        /// How often it is tried again to make huge pages: for all of the memory, as a live update waits for it.
+        const TRIES: u32 = 20;
+        let (mut offset, mut scattered, mut tries) = (0, None, TRIES);
         while offset < self.size {
             let length = STEP.min(self.size - offset);
             // SAFETY: offset is less than the size of the mapping.
@@ -168,7 +170,7 @@ impl Ram {
                     "back it with memory before it is handed over (does the host have enough free memory?)",
                 ))?;
             // SAFETY: the range is inside of our own shared mapping.
-            scattered = unsafe { collapse(start, length as usize) }.err().or(scattered);
+            scattered = unsafe { collapse(start, length as usize, &mut tries) }.err().or(scattered);
             offset += length;
         }
         if let Some(error) = scattered {
@@ -182,21 +184,19 @@ impl Ram {
 ///
 /// # Safety
 /// The range must be mapped and shared. Whoever uses it meanwhile waits for a moment and finds the same content.
-unsafe fn collapse(start: NonNull<u8>, length: usize) -> io::Result<()> {
-    /// Pages that the guest or the kernel is just using are refused for the moment.
-    const TRIES: u32 = 20;
+unsafe fn collapse(start: NonNull<u8>, length: usize, tries: &mut u32) -> io::Result<()> {
     const BETWEEN: Duration = Duration::from_millis(10);
-    let mut tries = 0;
     loop {
         // SAFETY: the caller's word.
         if unsafe { libc::madvise(start.as_ptr().cast(), length, libc::MADV_COLLAPSE) } == 0 {
             return Ok(());
         }
         let error = io::Error::last_os_error();
-        tries += 1;
-        if error.kind() != io::ErrorKind::WouldBlock || tries == TRIES {
+        // The guest or the kernel is just using one of the pages.
+        if error.kind() != io::ErrorKind::WouldBlock || *tries == 0 {
             return Err(error);
         }
+        *tries -= 1;
         thread::sleep(BETWEEN);
     }
 }

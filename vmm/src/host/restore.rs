@@ -6,7 +6,7 @@
 
 mod allowance;
 mod guardian;
-pub mod keeper;
+mod keeper;
 mod supervisor;
 mod vm_process;
 mod work;

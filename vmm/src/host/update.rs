@@ -133,7 +133,7 @@ struct Update<'arguments> {
     lease: Option<OwnedFd>,
     checked: check::Files,
     /// Tidies up, should this process be killed.
-    janitor: Option<Janitor>,
+    janitor: Janitor,
     /// Keeps others from updating or restoring meanwhile.
     _locks: check::Locks,
 }
@@ -146,7 +146,7 @@ impl<'arguments> Update<'arguments> {
         messages: Sender<Message>,
         inbox: Receiver<Message>,
         started: u64,
-        janitor: Option<Janitor>,
+        janitor: Janitor,
     ) -> anyhow::Result<Self> {
         let Checked { files, device, frequency_hz, vms, left_behind, locks } = checked;
         let generation = vms.iter().map(|vm| vm.status.generation).max().unwrap_or_default() + 1;
@@ -208,7 +208,7 @@ impl<'arguments> Update<'arguments> {
         self.phase = "load";
         self.report.doing("loading the next kernel");
         let check::Files { kernel, initrd, command_line } = &self.checked;
-        self.janitor.iter().for_each(Janitor::loads);
+        self.janitor.loads();
         self.kernel = Some(LoadedKernel::load(kernel, initrd.as_ref(), command_line)?);
         let image = self.arguments.next.kernel.display();
         self.reached(Phase::ImageLoaded, &format!("next kernel loaded: {image}"));
@@ -313,7 +313,7 @@ impl<'arguments> Update<'arguments> {
 
     fn leave_behind(&mut self) {
         for vm in &mut self.left_behind {
-            let announce = |name: &str| self.janitor.iter().for_each(|janitor| janitor.pauses(name));
+            let announce = |name: &str| self.janitor.pauses(name);
             let (name, trouble) = (vm.name.clone(), vm.pause(announce).err());
             let event = json!({"event": "left-behind", "vm": name, "paused": trouble.is_none(), "reason": trouble});
             let text = match &trouble {
@@ -433,7 +433,7 @@ impl<'arguments> Update<'arguments> {
         self.left_behind.iter_mut().for_each(LeftBehind::resume);
         self.index_file = None;
         self.kernel = None;
-        self.janitor.iter().for_each(Janitor::done);
+        self.janitor.done();
         let (mut running, mut lost) = (Vec::new(), Vec::new());
         for (number, worker) in self.workers.iter().enumerate().filter(|(_, worker)| !worker.ended) {
             match answers.remove(&number) {

@@ -18,14 +18,11 @@ const PAUSES: &str = "pauses ";
 const DONE: &str = "done";
 
 /// The other end: what this process does that would outlive it.
-pub struct Janitor {
-    words: Option<PipeWriter>,
-    child: libc::pid_t,
-}
+pub struct Janitor(Option<(PipeWriter, libc::pid_t)>);
 
 impl Janitor {
     /// Starts it. To be called as long as there is but one thread. An update without one is no worse, unless it is killed.
-    pub fn post(dir: &RunDir) -> Option<Self> {
+    pub fn post(dir: &RunDir) -> Self {
         let posted = io::pipe().and_then(|(ear, words)| {
             // SAFETY: nothing that another thread could hold is missing in the child, as there is no other thread.
             match unsafe { libc::fork() } {
@@ -35,11 +32,13 @@ impl Janitor {
                     // SAFETY: it ends here, and nothing of the parent's that is to be done at an end is done twice.
                     unsafe { libc::_exit(0) }
                 }
-                child if child > 0 => Ok(Self { words: Some(words), child }),
+                child if child > 0 => Ok((words, child)),
                 _ => Err(io::Error::last_os_error()),
             }
         });
-        posted.inspect_err(|error| tracing::warn!(%error, "no process would tidy up, should this one be killed")).ok()
+        let posted =
+            posted.inspect_err(|error| tracing::warn!(%error, "nobody would tidy up, should this process be killed"));
+        Self(posted.ok())
     }
 
     /// The next kernel is about to be loaded.
@@ -58,8 +57,9 @@ impl Janitor {
     }
 
     fn tell(&self, word: &str) {
-        let told = self.words.as_ref().map_or(Ok(()), |mut words| words.write_all(format!("{word}\n").as_bytes()));
-        if let Err(error) = told {
+        let Some((words, _)) = &self.0 else { return };
+        let mut words = words;
+        if let Err(error) = words.write_all(format!("{word}\n").as_bytes()) {
             tracing::warn!(%error, "nobody would tidy up any more, should this process be killed");
         }
     }
@@ -67,9 +67,11 @@ impl Janitor {
 
 impl Drop for Janitor {
     fn drop(&mut self) {
-        self.words = None;
-        // SAFETY: the child is this process's own, nobody else waits for it, and its status is not asked for. It ends by itself now.
-        unsafe { libc::waitpid(self.child, std::ptr::null_mut(), 0) };
+        if let Some((words, child)) = self.0.take() {
+            drop(words);
+            // SAFETY: the child is this process's own, nobody else waits for it, and its status is not asked for. It ends by itself now.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        }
     }
 }
 
