@@ -64,6 +64,7 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
         document(cargo().arg("doc"))?;
         foreign.iter().try_for_each(|&architecture| document(&mut Target::Linux(architecture).cargo(&["doc"])?))
     })?;
+    let mut outcomes = Outcomes::default();
     let runner = steps.take("test runner", || Ok(tools::ensure("nextest").is_ok()))?;
     for &architecture in architectures {
         let name = architecture.name();
@@ -72,7 +73,10 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
     }
     for &architecture in &foreign {
         let emulator = architecture.user_emulator().0;
-        steps.take(format!("unit and property tests under {emulator}"), || foreign_tests(architecture, runner))?;
+        steps.take(format!("unit and property tests under {emulator}"), || {
+            foreign_tests(architecture, runner)?;
+            if runner { outcomes.take(architecture) } else { Ok(()) }
+        })?;
     }
     steps.take("tests, built", || run::loudly(cargo().args(["test", "--quiet", "--workspace", "--no-run"])))?;
     steps.take("examples in the documentation", || {
@@ -85,7 +89,7 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
     println!("== tests");
     let outcome = tests(architectures, full, runner, &["--workspace"], &[]);
     if runner {
-        match tell_outcomes(architectures, full) {
+        match tell_outcomes(outcomes, architectures, full) {
             // What is wrong with the tests says more.
             Err(error) if outcome.is_err() => eprintln!("what has become of them cannot be told: {error:#}"),
             told => told?,
@@ -95,8 +99,9 @@ pub fn all(architectures: &[Architecture], full: bool) -> Result<()> {
 }
 
 /// Writes the table of what must survive.
-fn tell_outcomes(architectures: &[Architecture], complete: bool) -> Result<()> {
-    let path = Outcomes::read(&paths::target(), architectures)?.write(architectures, complete)?;
+fn tell_outcomes(mut outcomes: Outcomes, architectures: &[Architecture], complete: bool) -> Result<()> {
+    outcomes.take(Architecture::native()?)?;
+    let path = outcomes.write(architectures, complete)?;
     println!("what must survive, and what has become of it: {}", path.display());
     Ok(())
 }

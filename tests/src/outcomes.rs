@@ -10,7 +10,7 @@ use roxmltree::Document;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Modules that say where a test runs, or that it is one.
 const MODULES: [&str; 4] = ["long", "second", "full", "tests"];
@@ -38,20 +38,13 @@ impl Outcome {
 pub struct Outcomes(BTreeMap<(String, &'static str), Outcome>);
 
 impl Outcomes {
-    /// Of all tests of a run. `folder` is cargo's folder of what it has built on this machine.
-    pub fn read(folder: &Path, architectures: &[Architecture]) -> Result<Self> {
-        let mut outcomes = Self::default();
-        let native = Architecture::native()?;
-        outcomes.add(&report(folder), native)?;
-        for &foreign in architectures.iter().filter(|architecture| **architecture != native) {
-            outcomes.add(&report(&crate::cargo::Target::Linux(foreign).folder()), foreign)?;
-        }
-        Ok(outcomes)
-    }
-
-    fn add(&mut self, report: &Path, runs_on: Architecture) -> Result<()> {
-        let text = fs::read_to_string(report).with_context(|| format!("cannot read {}", report.display()))?;
-        self.add_text(&text, runs_on).with_context(|| format!("cannot understand {}", report.display()))
+    /// Takes in what the test runner has just written down of programs that ran on an architecture.
+    pub fn take(&mut self, runs_on: Architecture) -> Result<()> {
+        let report = report();
+        let text = fs::read_to_string(&report).with_context(|| format!("cannot read {}", report.display()))?;
+        self.add_text(&text, runs_on).with_context(|| format!("cannot understand {}", report.display()))?;
+        // So that it is never taken for that of a later run.
+        fs::remove_file(&report).with_context(|| format!("cannot remove {}", report.display()))
     }
 
     /// Tests whose name has an architecture's run in a host of that; others where their program runs.
@@ -154,9 +147,10 @@ fn committed() -> PathBuf {
     paths::workspace().join("tests/FAULTS.md")
 }
 
-/// Where the test runner writes what has become of its tests: `junit.path` in `.config/nextest.toml`.
-fn report(folder: &Path) -> PathBuf {
-    folder.join("nextest/default/junit.xml")
+/// Where the test runner writes what has become of its tests: `store.dir`, its profile, and `junit.path` in `.config/nextest.toml`.
+/// It is in the workspace wherever cargo builds, and each run overwrites it.
+fn report() -> PathBuf {
+    paths::workspace().join("target/nextest/default/junit.xml")
 }
 
 #[cfg(test)]

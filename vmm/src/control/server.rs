@@ -147,7 +147,8 @@ fn prepare(
     let granted = lease.grant(handed).map_err(|error| failed("watch the lease", &error))?;
     // Where somebody else holds it, the VM is prepared already, and says so.
     let prepared = guest.prepare().inspect_err(|_| {
-        if granted {
+        // One whose guest has ended meanwhile waits for the live update to find that out, and to let it go.
+        if granted && guest.status().state != MachineState::Ended {
             lease.release()
         }
     })?;
@@ -310,6 +311,7 @@ mod tests {
         fn prepare(&self) -> Result<Prepared, MachineError> {
             self.change("prepare", &[MachineState::Running], MachineState::Prepared)?;
             thread::sleep(self.1);
+            self.change("prepare", &[MachineState::Prepared], MachineState::Prepared)?;
             let ram = vec![(0x100, 4096, memfd(b"low")), (0x101, 8192, memfd(b"top"))];
             Ok(Prepared { state_token: 1, state: memfd(b"doc"), ram })
         }
@@ -318,7 +320,10 @@ mod tests {
             Ok(Frozen { document_bytes: generation, marks: vec![(Phase::PauseAsked, 7)] })
         }
         fn thaw(&self) -> Result<(), MachineError> {
-            self.change("thaw", &[MachineState::Prepared, MachineState::Frozen], MachineState::Running)
+            match self.status().state {
+                MachineState::Ended => Ok(()),
+                _ => self.change("thaw", &[MachineState::Prepared, MachineState::Frozen], MachineState::Running),
+            }
         }
         fn balloon(&self) -> Result<BalloonStatus, BalloonError> {
             let statistics = vec![Statistic { name: "free_bytes".into(), value: u64::MAX >> 1 }];
@@ -338,11 +343,17 @@ mod tests {
     }
 
     fn served_with(preparation: Duration) -> (tempfile::TempDir, RunDir, Claim) {
+        let (folder, dir, claim, _) = served_under_a_lease(preparation);
+        (folder, dir, claim)
+    }
+
+    fn served_under_a_lease(preparation: Duration) -> (tempfile::TempDir, RunDir, Claim, Lease) {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::at(&folder.path().join("vmm"));
         let claim = Claim::take(&dir, "a").unwrap();
-        serve(Arc::new(Fake(Mutex::new(MachineState::Running), preparation)), claim.listen().unwrap()).unwrap();
-        (folder, dir, claim)
+        let guest = Arc::new(Fake(Mutex::new(MachineState::Running), preparation));
+        let lease = serve(guest, claim.listen().unwrap()).unwrap();
+        (folder, dir, claim, lease)
     }
 
     #[test]
@@ -405,6 +416,26 @@ mod tests {
         // And the next update finds it ready.
         let (_holder, handed_out) = lease::pair().unwrap();
         client.prepare(handed_out).unwrap();
+    }
+
+    #[test]
+    fn guest_that_ends_while_it_is_prepared_is_held_until_the_update_has_seen_it() {
+        let (_folder, dir, _claim, lease) = served_under_a_lease(Duration::from_millis(300));
+        let mut update = Client::connect(&dir, "a", LIMIT).unwrap();
+        let (_holder, handed_out) = lease::pair().unwrap();
+        let preparing = thread::spawn(move || (update.prepare(handed_out).map(|_| ()), update));
+        let mut other = Client::connect(&dir, "a", LIMIT).unwrap();
+        let deadline = Instant::now() + LIMIT;
+        while other.status().unwrap().state != MachineState::Prepared {
+            assert!(Instant::now() < deadline);
+        }
+        other.stop().unwrap();
+        let (prepared, mut update) = preparing.join().unwrap();
+        assert!(matches!(prepared, Err(ClientError::Refused { .. })));
+        assert!(lease.is_held());
+        assert_eq!(update.status().unwrap().state, MachineState::Ended);
+        update.thaw().unwrap();
+        assert!(!lease.is_held());
     }
 
     #[test]
