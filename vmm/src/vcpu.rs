@@ -12,6 +12,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kho_abi::document::vcpu::VcpuState;
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -320,6 +324,10 @@ impl Runner {
                     tracing::error!(id = self.vcpu.id, vcpu, "triple fault");
                     return Some(Ending::TripleFault);
                 }
+                Ok(VcpuExit::InternalError) => match internal_error(&mut self.vcpu) {
+                    Some(ending) => return Some(ending),
+                    None => None,
+                },
                 Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => None,
                 Ok(exit) => {
                     return Some(Ending::Failed(format!("vCPU {}: KVM stopped the guest: {exit:?}", self.vcpu.id)));
@@ -342,4 +350,25 @@ impl Runner {
             }
         }
     }
+}
+
+/// The end of a guest that KVM cannot run on for a reason of its own (`KVM_EXIT_INTERNAL_ERROR`); None where it can.
+fn internal_error(vcpu: &mut Vcpu) -> Option<Ending> {
+    // SAFETY: all members of the union are numbers, for which any bits are valid. After this exit it is this one that KVM has filled in.
+    let error = unsafe { vcpu.fd.get_kvm_run().__bindgen_anon_1.internal };
+    let Vcpu { id, fd, arch } = vcpu;
+    let what = match error.suberror {
+        KVM_INTERNAL_ERROR_DELIVERY_EV if arch.is_delivering_nothing(fd) => return None,
+        KVM_INTERNAL_ERROR_DELIVERY_EV => "it touches a device in the delivery of an event",
+        KVM_INTERNAL_ERROR_EMULATION => "an instruction cannot be emulated",
+        KVM_INTERNAL_ERROR_SIMUL_EX => "two exceptions came at once",
+        KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "the processor left it for a reason that KVM does not know",
+        _ => "an internal error",
+    };
+    let (suberror, vcpu) = (error.suberror, arch.describe(fd));
+    // They mean something to those who know KVM.
+    let data = error.data.get(..error.ndata as usize).unwrap_or(&error.data);
+    Some(Ending::Failed(format!(
+        "vCPU {id}: KVM cannot run the guest on: {what} (suberror {suberror}, data {data:x?}); {vcpu}"
+    )))
 }

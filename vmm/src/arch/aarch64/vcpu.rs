@@ -75,6 +75,11 @@ impl VcpuArch {
             (Err(error), _) | (_, Err(error)) => format!("its registers cannot be read: {error}"),
         }
     }
+
+    /// Whether there is no event that a processor which left the guest was about to deliver. KVM does not ask for that here.
+    pub fn is_delivering_nothing(&self, _vcpu: &VcpuFd) -> bool {
+        false
+    }
 }
 
 fn own(state: &VcpuState) -> Result<&VcpuV1, ArchError> {

@@ -1,18 +1,25 @@
 //! vCPUs without a program, wherever a freeze may find one: brought there through KVM, taken, put back into a second machine, and
 //! compared. They need a host's KVM, so they are run in the lab's host: `vmm`'s unit tests with `--ignored`.
 
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
 use kho_abi::document::vcpu::VcpuState;
 use kho_abi::document::vcpu::x86_64::VcpuV1;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI,
-    kvm_mp_state, kvm_msi, kvm_sregs, kvm_vcpu_events,
+    kvm_mp_state, kvm_msi, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::super::payload_struct;
 use super::platform::Platform;
 use super::vcpu::VcpuArch;
+use crate::bus::{Bus, BusDevice, Request};
+use crate::vcpu::{Buses, OnEnding, Vcpu, VcpuHandle};
+use crate::vm::Ending;
 
 const CPUS: u32 = 2;
 /// The vCPU that things are done to: a secondary one.
@@ -176,4 +183,60 @@ fn the_start_of_a_vcpu_may_begin_before_a_live_update_and_end_after_it() {
     let again = Machine::restored(&states).save();
     assert_same(&again, &states);
     assert_eq!((mp_state(&again), code_base(&again)), (KVM_MP_STATE_RUNNABLE, 0x9a000));
+}
+
+/// Where what a guest does by itself is seen: who writes there powers off.
+const BUTTON: u64 = 0x2_0000;
+
+struct Button;
+
+impl BusDevice for Button {
+    fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) -> Option<Request> {
+        Some(Request::PowerOff)
+    }
+}
+
+#[test]
+#[ignore = "needs KVM; run in the lab's host"]
+fn a_handler_of_an_exception_may_begin_with_an_access_to_a_device() {
+    const CODE: u64 = 0x1000;
+    const HANDLER: u16 = 0x1100;
+    const STACK: u64 = 0x8000;
+    const GENERAL_PROTECTION: u64 = 13;
+    const SIZE: u64 = 0x1_0000;
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), SIZE as usize)]).unwrap();
+    let poke = |address: u64, bytes: &[u8]| ram.write_slice(bytes, GuestAddress(address)).unwrap();
+    // mov ecx, 0xdeadbeef; wrmsr: there is no such register.
+    poke(CODE, &[0x66, 0xb9, 0xef, 0xbe, 0xad, 0xde, 0x0f, 0x30]);
+    // mov ax, 0x2000; mov ds, ax; mov [0], al: the button.
+    poke(HANDLER.into(), &[0xb8, 0x00, 0x20, 0x8e, 0xd8, 0xa2, 0x00, 0x00]);
+    // The table of interrupt vectors has an offset, and a segment, which is zero.
+    poke(GENERAL_PROTECTION * 4, &HANDLER.to_le_bytes());
+
+    let Machine { vm, vcpus } = Machine::new(None);
+    let userspace_addr = ram.get_host_address(GuestAddress(0)).unwrap() as u64;
+    let region = kvm_userspace_memory_region { memory_size: SIZE, userspace_addr, ..Default::default() };
+    // SAFETY: the memory is there until the end, when the vCPU has left the guest.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    let (fd, arch) = vcpus.into_iter().next().unwrap();
+    let mut sregs = fd.get_sregs().unwrap();
+    for segment in [&mut sregs.cs, &mut sregs.ss] {
+        (segment.base, segment.selector) = (0, 0);
+    }
+    fd.set_sregs(&sregs).unwrap();
+    fd.set_regs(&kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() }).unwrap();
+
+    let mut memory = Bus::default();
+    memory.insert(BUTTON, 1, Arc::new(Mutex::new(Button)));
+    let buses = Buses { ports: Arc::default(), memory: Arc::new(memory) };
+    let (tell, endings) = mpsc::channel();
+    let on_ending: OnEnding = Arc::new(move |ending| tell.send(ending).unwrap());
+    let vcpu = VcpuHandle::start(Vcpu { id: 0, fd, arch }, buses, on_ending).unwrap();
+    vcpu.run(false, None).unwrap();
+    let ending = endings.recv_timeout(Duration::from_secs(30));
+    vcpu.ask_to_pause().unwrap();
+    drop(vcpu.await_pause());
+    assert_eq!(ending, Ok(Ending::PowerOff));
 }

@@ -198,6 +198,19 @@ impl VcpuArch {
         }
     }
 
+    /// Whether there is no event that a processor which left the guest was about to deliver.
+    ///
+    /// KVM ends a guest that touches a device while an event is delivered: it cannot do that access for it. On AMD it goes by the
+    /// kind of event that the processor names. QEMU's emulation of such a processor (10.0) also names one that it has delivered
+    /// before, and only takes back that there is any; so a handler that begins with a device ended its guest. Such an event is not
+    /// injected again, and the access succeeds when it is made once more.
+    pub fn is_delivering_nothing(&self, vcpu: &VcpuFd) -> bool {
+        vcpu.get_vcpu_events().is_ok_and(|events| {
+            let injected = [events.exception.injected, events.interrupt.injected, events.nmi.injected];
+            injected.iter().all(|&injected| injected == 0)
+        })
+    }
+
     /// Reads the state back and compares it with what was written.
     fn check(&self, vcpu: &VcpuFd, wanted: &VcpuV1) -> Result<(), ArchError> {
         let found = self.take(vcpu)?;
