@@ -101,13 +101,17 @@ pub struct Update<'a> {
     pub options: &'a [&'a str],
 }
 
+/// Runs a program before the guests, as operators of busy hosts are told to: beside eight vCPUs without rest it has a ninth of a
+/// processor to look at the next kernel and to load it with, which then takes half a minute.
+const BEFORE_GUESTS: [&str; 4] = ["sh", "-c", "renice -n -20 -p $$ && exec \"$@\"", "sh"];
+
 /// Starts `vmm update` to a kernel. PID 1 will restore by itself; `output` receives what `vmm restore` says.
 pub fn start_update(host: &mut Host, to: Side, output: &str, update: &Update<'_>) -> Result<Process> {
     let kernel = Host::image(to);
     let initrd = format!("{SHARE}/initrd");
     let append = format!("{} {}", host.restoring_command_line(output), update.append);
-    let mut argv = vec!["vmm", "update", "--json", "--kernel", &kernel, "--initrd", &initrd];
-    argv.extend(["--append", append.trim()]);
+    let mut argv = BEFORE_GUESTS.to_vec();
+    argv.extend(["vmm", "update", "--json", "--kernel", &kernel, "--initrd", &initrd, "--append", append.trim()]);
     argv.extend(update.options);
     host.spawn_with(&argv, update.env)
 }
@@ -115,8 +119,7 @@ pub fn start_update(host: &mut Host, to: Side, output: &str, update: &Update<'_>
 /// Rehearses an update to a kernel. Fails unless everything but the reboot has happened.
 pub fn rehearse(host: &mut Host, to: Side) -> Result<()> {
     let (kernel, initrd) = (Host::image(to), format!("{SHARE}/initrd"));
-    // Before the guests: beside eight vCPUs without rest it has a ninth of a processor to look at the next kernel with.
-    let mut argv = vec!["sh", "-c", "renice -n -20 -p $$ && exec \"$@\"", "sh"];
+    let mut argv = BEFORE_GUESTS.to_vec();
     argv.extend(["vmm", "update", "--rehearse", "--json", "--reuse-cmdline", "--kernel", &kernel, "--initrd", &initrd]);
     let said = host.run(&argv)?.success()?;
     ensure!(result_line(&said.stdout)?["result"] == "rehearsed", "{said}");
