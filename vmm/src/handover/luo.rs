@@ -7,6 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kho_abi::uapi;
@@ -104,7 +105,10 @@ impl LuoError {
                     "the file is preserved in another session: an earlier live update is not finished, see `vmm list`"
                 }
                 libc::ENOENT => "the kernel preserves no such file: RAM has to be a memfd without huge pages (hugetlb)",
-                libc::ENOMEM => "not enough free memory to back all of the guest: free some, or use fewer guests",
+                libc::ENOMEM => {
+                    "not enough free memory to back all of the guest, or a page of it was in use all the time: free some, \
+                     or use fewer guests, and try again"
+                }
                 libc::EINVAL => "the memfd has seals that do not survive a live update",
                 _ => return None,
             },
@@ -157,7 +161,7 @@ impl Device {
             };
             match source.raw_os_error() {
                 Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => return Err(LuoError::Absent),
-                Some(libc::EBUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+                Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
                 Some(libc::EBUSY) => return Err(LuoError::Busy { holder: holder_in_words(), patience }),
                 _ => return Err(LuoError::Open { source }),
             }
@@ -221,14 +225,30 @@ impl OutgoingSession {
     }
 
     /// Puts a file into it. A memfd stays readable and writable, but not resizable; all its holes are filled.
+    ///
+    /// What it has in the memory that the next kernel is to begin with (KHO's scratch) the kernel moves elsewhere first, and does not
+    /// try for long: where a page is in use right then, as those of running guests are, it says that there is no memory (ENOMEM).
+    /// So it is asked again, for about a second.
     pub fn preserve(&self, token: u64, file: BorrowedFd<'_>) -> Result<(), LuoError> {
-        let mut argument = uapi::PreserveFd { fd: file.as_raw_fd(), token, ..Default::default() };
-        request(self.file.as_fd(), uapi::PRESERVE_FD, &mut argument).map_err(|source| LuoError::File {
-            operation: "preserve",
-            session: self.name.clone(),
-            token,
-            source,
-        })
+        self.preserve_with(token, file, || thread::sleep(Duration::from_millis(50)))
+    }
+
+    fn preserve_with(&self, token: u64, file: BorrowedFd<'_>, mut wait: impl FnMut()) -> Result<(), LuoError> {
+        const TRIES: u32 = 20;
+        let preserve = || {
+            let mut argument = uapi::PreserveFd { fd: file.as_raw_fd(), token, ..Default::default() };
+            request(self.file.as_fd(), uapi::PRESERVE_FD, &mut argument)
+        };
+        let mut done = preserve();
+        for _ in 1..TRIES {
+            if !done.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENOMEM)) {
+                break;
+            }
+            tracing::debug!(session = self.name, token, "there is no memory, or a page is in use: once more");
+            wait();
+            done = preserve();
+        }
+        done.map_err(|source| LuoError::File { operation: "preserve", session: self.name.clone(), token, source })
     }
 }
 
@@ -267,5 +287,58 @@ impl IncomingSession {
 impl From<IncomingSession> for OwnedFd {
     fn from(session: IncomingSession) -> Self {
         session.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::{ptr, slice};
+
+    use rustix::mm::{MapFlags, ProtFlags};
+    use rustix::pipe::{IoSliceRaw, SpliceFlags};
+
+    use super::*;
+
+    /// Of a host with 4 GiB so much that some is where the next kernel begins, and not so much that there is no other place for it.
+    const SIZE: usize = 2 << 30;
+    /// As many as a pipe may hold.
+    const PAGES: usize = 256;
+
+    #[test]
+    #[ignore = "needs root and a kernel with LUO; run in the lab's host"]
+    fn memory_of_which_a_page_is_in_use_is_preserved_when_it_is_no_more() {
+        let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memory, SIZE as u64).unwrap();
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+        // SAFETY: a new mapping, which nobody else knows of.
+        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), SIZE, protection, flags, &memory, 0) }.unwrap();
+
+        // Pages all over it are in a pipe, that is, in use.
+        let (mut reader, writer) = io::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&writer, PAGES * 4096).unwrap();
+        for number in 0..PAGES {
+            // SAFETY: within the mapping, of which nobody else knows.
+            let byte = unsafe { slice::from_raw_parts(start.byte_add(number * (SIZE / PAGES)).cast(), 1) };
+            // SAFETY: the mapping is there as long as the pipe has something of it.
+            assert_eq!(
+                unsafe { rustix::pipe::vmsplice(&writer, &[IoSliceRaw::from_slice(byte)], SpliceFlags::empty()) }
+                    .unwrap(),
+                1
+            );
+        }
+
+        let session = Device::open(Duration::ZERO).unwrap().create_session("kho-vmm.test").unwrap();
+        let mut waited = 0;
+        let preserved = session.preserve_with(1, memory.as_fd(), || {
+            waited += 1;
+            if waited == 1 {
+                reader.read_exact(&mut [0; PAGES]).unwrap();
+            }
+        });
+        preserved.unwrap();
+        assert_eq!(waited, 1);
+        // SAFETY: it is not used any more.
+        unsafe { rustix::mm::munmap(start, SIZE) }.unwrap();
     }
 }
