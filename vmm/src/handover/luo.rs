@@ -300,32 +300,52 @@ mod tests {
 
     use super::*;
 
-    /// Of a host with 4 GiB so much that some is where the next kernel begins, and not so much that there is no other place for it.
-    const SIZE: usize = 2 << 30;
     /// As many as a pipe may hold.
     const PAGES: usize = 256;
+
+    /// Maps a new file of so many bytes, with memory behind all of it.
+    fn filled(size: usize) -> (OwnedFd, *mut libc::c_void) {
+        let file = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, size as u64).unwrap();
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+        // SAFETY: a new mapping, which nobody else knows of.
+        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), size, protection, flags, &file, 0) }.unwrap();
+        (file, start)
+    }
+
+    /// Bytes of a line of `/proc/meminfo`.
+    fn meminfo(name: &str) -> usize {
+        let text = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
+    }
 
     #[test]
     #[ignore = "needs root and a kernel with LUO; run in the lab's host"]
     fn memory_of_which_a_page_is_in_use_is_preserved_when_it_is_no_more() {
-        let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&memory, SIZE as u64).unwrap();
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
-        // SAFETY: a new mapping, which nobody else knows of.
-        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), SIZE, protection, flags, &memory, 0) }.unwrap();
+        // What the next kernel begins with is lent to whoever needs movable memory (CMA), from when it is most of what is free.
+        let scratch = meminfo("CmaFree:");
+        let filler_size = meminfo("MemFree:") - scratch - scratch / 2;
+        let (filler, filler_start) = filled(filler_size);
+        let size = (scratch / 4).next_multiple_of(PAGES * 4096);
+        let (memory, start) = filled(size);
+        assert!(meminfo("CmaFree:") < scratch, "nothing is where the next kernel begins");
+        // SAFETY: it is not used any more.
+        unsafe { rustix::mm::munmap(filler_start, filler_size) }.unwrap();
+        drop(filler);
 
         // Pages all over it are in a pipe, that is, in use.
         let (mut reader, writer) = io::pipe().unwrap();
         rustix::pipe::fcntl_setpipe_size(&writer, PAGES * 4096).unwrap();
         for number in 0..PAGES {
-            // SAFETY: within the mapping, of which nobody else knows.
-            let byte = unsafe { slice::from_raw_parts(start.byte_add(number * (SIZE / PAGES)).cast(), 1) };
+            // SAFETY: within the mapping.
+            let byte: *const u8 = unsafe { start.byte_add(number * (size / PAGES)) }.cast();
+            // SAFETY: nobody else knows of it.
+            let byte = unsafe { slice::from_raw_parts(byte, 1) };
             // SAFETY: the mapping is there as long as the pipe has something of it.
-            assert_eq!(
-                unsafe { rustix::pipe::vmsplice(&writer, &[IoSliceRaw::from_slice(byte)], SpliceFlags::empty()) }
-                    .unwrap(),
-                1
-            );
+            let spliced =
+                unsafe { rustix::pipe::vmsplice(&writer, &[IoSliceRaw::from_slice(byte)], SpliceFlags::empty()) };
+            assert_eq!(spliced.unwrap(), 1);
         }
 
         let session = Device::open(Duration::ZERO).unwrap().create_session("kho-vmm.test").unwrap();
@@ -339,6 +359,6 @@ mod tests {
         preserved.unwrap();
         assert_eq!(waited, 1);
         // SAFETY: it is not used any more.
-        unsafe { rustix::mm::munmap(start, SIZE) }.unwrap();
+        unsafe { rustix::mm::munmap(start, size) }.unwrap();
     }
 }
