@@ -63,9 +63,11 @@ pub fn check(dir: &RunDir, skipped: &[String]) -> Vec<Finding> {
     findings
 }
 
-/// Bytes that the kernel could still give out.
+/// Bytes that the kernel could still give out for memory that is preserved. That cannot be where the next kernel begins (KHO's
+/// scratch), which is lent to others meanwhile, as other memory for large devices is (CMA): it would have to be moved out of there.
 fn available(meminfo: &str) -> Option<u64> {
-    kibibytes(meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?)
+    let line = |name| kibibytes(meminfo.lines().find_map(|line| line.strip_prefix(name))?);
+    Some(line("MemAvailable:")?.saturating_sub(line("CmaFree:").unwrap_or(0)))
 }
 
 /// "  123 kB", in bytes.
@@ -253,6 +255,9 @@ mod tests {
     #[test]
     fn holes_must_fit_into_what_is_free() {
         assert_eq!(available("MemTotal:  9 kB\nMemAvailable:    2048 kB\n"), Some(2 << 20));
+        assert_eq!(available("MemAvailable:    2048 kB\nCmaFree:   1024 kB\n"), Some(1 << 20));
+        assert_eq!(available("MemAvailable:    2048 kB\nCmaFree:   4096 kB\n"), Some(0));
+        assert_eq!(available("MemTotal:  9 kB\nCmaFree:   4096 kB\n"), None);
         assert_eq!(memory(1 << 20, 2 << 20).verdict, Verdict::Ok);
         let finding = memory(3 << 20, 2 << 20);
         assert_eq!(finding.verdict, Verdict::Failure);
