@@ -292,25 +292,23 @@ impl From<IncomingSession> for OwnedFd {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-    use std::{ptr, slice};
+    use std::io::{Read, Write};
 
-    use rustix::mm::{MapFlags, ProtFlags};
-    use rustix::pipe::{IoSliceRaw, SpliceFlags};
+    use rustix::pipe::SpliceFlags;
 
     use super::*;
 
     /// As many as a pipe may hold.
     const PAGES: usize = 256;
 
-    /// Maps a new file of so many bytes, with memory behind all of it.
-    fn filled(size: usize) -> (OwnedFd, *mut libc::c_void) {
-        let file = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&file, size as u64).unwrap();
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
-        // SAFETY: a new mapping, which nobody else knows of.
-        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), size, protection, flags, &file, 0) }.unwrap();
-        (file, start)
+    /// A new file of so many bytes, with memory behind all of it.
+    fn filled(size: usize) -> File {
+        const STEP: usize = 1 << 20;
+        let mut file: File = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        for _ in 0..size / STEP {
+            file.write_all(&[0; STEP]).unwrap();
+        }
+        file
     }
 
     /// Bytes of a line of `/proc/meminfo`.
@@ -325,26 +323,18 @@ mod tests {
     fn memory_of_which_a_page_is_in_use_is_preserved_when_it_is_no_more() {
         // What the next kernel begins with is lent to whoever needs movable memory (CMA), from when it is most of what is free.
         let scratch = meminfo("CmaFree:");
-        let filler_size = meminfo("MemFree:") - scratch - scratch / 2;
-        let (filler, filler_start) = filled(filler_size);
+        let filler = filled(meminfo("MemFree:") - scratch - scratch / 2);
         let size = (scratch / 4).next_multiple_of(PAGES * 4096);
-        let (memory, start) = filled(size);
+        let memory = filled(size);
         assert!(meminfo("CmaFree:") < scratch, "nothing is where the next kernel begins");
-        // SAFETY: it is not used any more.
-        unsafe { rustix::mm::munmap(filler_start, filler_size) }.unwrap();
         drop(filler);
 
         // Pages all over it are in a pipe, that is, in use.
         let (mut reader, writer) = io::pipe().unwrap();
         rustix::pipe::fcntl_setpipe_size(&writer, PAGES * 4096).unwrap();
         for number in 0..PAGES {
-            // SAFETY: within the mapping.
-            let byte: *const u8 = unsafe { start.byte_add(number * (size / PAGES)) }.cast();
-            // SAFETY: nobody else knows of it.
-            let byte = unsafe { slice::from_raw_parts(byte, 1) };
-            // SAFETY: the mapping is there as long as the pipe has something of it.
-            let spliced =
-                unsafe { rustix::pipe::vmsplice(&writer, &[IoSliceRaw::from_slice(byte)], SpliceFlags::empty()) };
+            let mut at = (number * (size / PAGES)) as u64;
+            let spliced = rustix::pipe::splice(&memory, Some(&mut at), &writer, None, 1, SpliceFlags::empty());
             assert_eq!(spliced.unwrap(), 1);
         }
 
@@ -358,7 +348,5 @@ mod tests {
         });
         preserved.unwrap();
         assert_eq!(waited, 1);
-        // SAFETY: it is not used any more.
-        unsafe { rustix::mm::munmap(start, size) }.unwrap();
     }
 }
