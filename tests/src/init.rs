@@ -157,7 +157,6 @@ fn answer(processes: &Processes, writer: &Mutex<fs::File>, beginning: Beginning,
         }
         Ask::Counter => Answer::Counter { moment: Moment::now(), frequency_hz: beginning.frequency_hz() },
         Ask::PowerOff => {
-            network::take_down()?;
             rustix::system::reboot(rustix::system::RebootCommand::PowerOff).context("cannot power off")?;
             Answer::Done
         }
