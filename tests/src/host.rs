@@ -493,7 +493,7 @@ impl Host {
     ///
     /// Its network card is taken out of use before. Linux breaks a virtio device's queues as it shuts down, and one without commit
     /// 0d0eff39ceb3 ("virtio_ring: fix infinite loop in virtnet_poll_cleantx when device is broken") never leaves virtio_net's loop if a
-    /// packet comes just then: the host of guests that still send would hang instead of ending, once in some hundred times.
+    /// packet comes just then: the host of guests that still send would hang now and then instead of ending.
     pub fn power_off(&mut self) -> Result<()> {
         if !self.config.taps.is_empty() {
             self.write("/sys/class/net/eth0/flags", DOWN)?;
