@@ -198,10 +198,8 @@ fn expect_kept(host: &mut Host, name: &str) -> Result<()> {
     ensure!(vm["state"] == "kept", "{vm}");
     expect_told(host, "NOT OK", "vmm list")?;
     // Shared memory of the guest's size, which no process maps.
-    let memory = host.read("/proc/meminfo")?;
-    let shared = memory.lines().find_map(|line| line.strip_prefix("Shmem:")).context("no Shmem in meminfo")?;
-    let kilobytes: u64 = shared.split_whitespace().next().context("Shmem is empty")?.parse()?;
-    ensure!(kilobytes >= 128 << 10, "{kilobytes} KiB of shared memory are too few for two guests of 64 MiB");
+    let bytes = host.memory("Shmem")?;
+    ensure!(bytes >= 128 << 20, "{bytes} bytes of shared memory are too few for two guests of 64 MiB");
     Ok(())
 }
 

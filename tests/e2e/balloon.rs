@@ -144,8 +144,5 @@ fn rehearse(host: &mut Host) -> Result<()> {
 
 /// Bytes of shared memory, which the guest's is, in use on the host.
 fn shared_memory(host: &mut Host) -> Result<u64> {
-    let text = host.read("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Shmem:")).context("the host has no shared memory")?;
-    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("no number: {line}"))?;
-    Ok(kibibytes << 10)
+    host.memory("Shmem")
 }

@@ -453,6 +453,14 @@ impl Host {
         }
     }
 
+    /// Bytes of the host's memory, by the name that /proc/meminfo has for them.
+    pub fn memory(&mut self, name: &str) -> Result<u64> {
+        let text = self.read("/proc/meminfo")?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.strip_suffix(" kB"));
+        let kibibytes: u64 = value.with_context(|| format!("/proc/meminfo does not tell {name}"))?.trim().parse()?;
+        Ok(kibibytes << 10)
+    }
+
     /// Writes a file of the host.
     pub fn write(&mut self, path: &str, content: &str) -> Result<()> {
         self.ask(Ask::Write { path: path.into(), content: content.into() }).map(|_| ())

@@ -27,6 +27,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::cli::{Cli, Command, LogArgs, LogFormat, LogLevel, status};
 use crate::control::client::ClientError;
+use crate::control::keeper::KeeperClientError;
 use crate::control::socket::{RunDir, SocketError};
 use crate::handover::luo::LuoError;
 use crate::host::kexec::KexecError;
@@ -94,6 +95,7 @@ pub fn help(error: &anyhow::Error) -> Option<String> {
         None.or_else(|| cause.downcast_ref::<CheckError>()?.help())
             .or_else(|| cause.downcast_ref::<SocketError>()?.help())
             .or_else(|| cause.downcast_ref::<ClientError>()?.help())
+            .or_else(|| cause.downcast_ref::<KeeperClientError>()?.help())
             .or_else(|| cause.downcast_ref::<LuoError>()?.help())
             .or_else(|| cause.downcast_ref::<KexecError>()?.help())
             .or_else(|| cause.downcast_ref::<SupervisorError>()?.help())

@@ -88,6 +88,16 @@ impl ClientError {
     }
 }
 
+/// Whether it means that whoever was asked has gone.
+pub(super) fn is_hangup(error: &zlink::Error) -> bool {
+    use zlink::Error::{Io, SocketRead, SocketWrite, UnexpectedEof};
+    match error {
+        UnexpectedEof | SocketRead | SocketWrite => true,
+        Io(error) => matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset),
+        _ => false,
+    }
+}
+
 /// A connection to a VM.
 pub struct Client {
     dir: RunDir,
@@ -168,16 +178,10 @@ impl Client {
 
     fn transport(&self, operation: &'static str, source: zlink::Error) -> ClientError {
         let name = self.name.clone();
-        match source {
-            zlink::Error::UnexpectedEof | zlink::Error::SocketRead | zlink::Error::SocketWrite => {
-                ClientError::Closed { name, operation }
-            }
-            zlink::Error::Io(error)
-                if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
-            {
-                ClientError::Closed { name, operation }
-            }
-            source => ClientError::Protocol { name, operation, source },
+        if is_hangup(&source) {
+            ClientError::Closed { name, operation }
+        } else {
+            ClientError::Protocol { name, operation, source }
         }
     }
 

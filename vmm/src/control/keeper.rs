@@ -11,6 +11,7 @@ use zlink::introspect;
 use zlink::tokio::unix::{Connection, Stream};
 
 use super::accept;
+use super::client::is_hangup;
 use super::interface::RamFile;
 use super::socket::RunDir;
 
@@ -59,6 +60,11 @@ pub enum KeeperError {
         /// Why, with all causes.
         reason: String,
     },
+    /// It is kept as before.
+    NotGivenUp {
+        /// Why.
+        reason: String,
+    },
 }
 
 // By hand, as for `MachineError`.
@@ -69,6 +75,7 @@ impl fmt::Display for KeeperError {
             Self::Busy { name } => write!(out, "VM {name} is being restored or given up by another command"),
             Self::NotRestored { reason } => write!(out, "it is not restored, and kept as before: {reason}"),
             Self::NoFiles { reason } => write!(out, "its files are not there: {reason}"),
+            Self::NotGivenUp { reason } => write!(out, "it cannot be noted that it is given up, it is kept: {reason}"),
         }
     }
 }
@@ -175,9 +182,26 @@ pub enum KeeperClientError {
     /// It said no.
     #[error(transparent)]
     Refused(#[from] KeeperError),
-    /// It answered something else than the interface says, or ended.
-    #[error("the process that keeps VMs does not speak org.kho-vmm.Keeper1 as this vmm does, or has ended")]
+    /// It ended before it answered.
+    #[error("the process that keeps VMs has ended and not answered")]
+    Ended,
+    /// It answered something else than the interface says.
+    #[error("the process that keeps VMs does not speak org.kho-vmm.Keeper1 as this vmm does")]
     Protocol(#[source] zlink::Error),
+}
+
+impl KeeperClientError {
+    /// What the operator can do about it.
+    pub fn help(&self) -> Option<String> {
+        let ended = "another process holds what it kept, and goes on with it; `vmm list` shows which VMs run and which are kept";
+        matches!(self, Self::Ended).then(|| ended.to_owned())
+    }
+}
+
+impl From<zlink::Error> for KeeperClientError {
+    fn from(error: zlink::Error) -> Self {
+        if is_hangup(&error) { Self::Ended } else { Self::Protocol(error) }
+    }
 }
 
 /// A connection to what keeps VMs.
@@ -206,7 +230,7 @@ impl KeeperClient {
     fn wait<T>(&mut self, call: impl AsyncFnOnce(&mut Connection) -> zlink::Result<T>) -> Result<T, KeeperClientError> {
         let Self { runtime, connection } = self;
         let answered = runtime.block_on(async { tokio::time::timeout(PATIENCE, call(connection)).await });
-        answered.map_err(|_elapsed| KeeperClientError::TimedOut)?.map_err(KeeperClientError::Protocol)
+        Ok(answered.map_err(|_elapsed| KeeperClientError::TimedOut)??)
     }
 
     /// `Restore`.

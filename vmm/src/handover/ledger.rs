@@ -13,10 +13,11 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 /// A VM's numbers.
-const RECORD: u64 = 12;
+const RECORD: u64 = 16;
 const RAN: u64 = 0;
 const ATTEMPTS: u64 = 4;
 const PROCESS: u64 = 8;
+const GIVEN_UP: u64 = 12;
 
 /// The numbers of all VMs of a live update.
 #[derive(Clone, Debug)]
@@ -103,6 +104,16 @@ impl Record {
         self.get(PROCESS)
     }
 
+    /// From here on it is nobody's any more: its operator has given it up.
+    pub fn set_given_up(&self) -> io::Result<()> {
+        self.set(GIVEN_UP, 1)
+    }
+
+    /// Whether it was given up.
+    pub fn is_given_up(&self) -> io::Result<bool> {
+        Ok(self.get(GIVEN_UP)? != 0)
+    }
+
     fn set(&self, field: u64, value: u32) -> io::Result<()> {
         self.file.write_all_at(&value.to_ne_bytes(), self.start + field)
     }
@@ -127,11 +138,14 @@ mod tests {
         theirs.set_ran().unwrap();
         theirs.set_attempts(2).unwrap();
         theirs.set_process(77).unwrap();
+        ledger.record(2).set_given_up().unwrap();
         let seen = |number| {
             let record = ledger.record(number);
-            (record.has_run().unwrap(), record.attempts().unwrap(), record.process().unwrap())
+            let is = (record.has_run().unwrap(), record.is_given_up().unwrap());
+            (is, record.attempts().unwrap(), record.process().unwrap())
         };
-        assert_eq!([seen(0), seen(1), seen(2)], [(false, 0, 0), (true, 2, 77), (false, 0, 0)]);
+        let expected = [((false, false), 0, 0), ((true, false), 2, 77), ((false, true), 0, 0)];
+        assert_eq!([seen(0), seen(1), seen(2)], expected);
     }
 
     #[test]

@@ -17,6 +17,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use kho_abi::document::timeline::Phase;
@@ -24,16 +26,25 @@ use rustix::io::FdFlags;
 use serde_json::{Value, json};
 
 use self::supervisor::Supervisor;
+use super::kept::KeptVm;
 use super::run::adopt_descriptor;
 use super::signals::{self, Signals};
 use super::{clock, report};
 use crate::cli::{LogArgs, RestoreArgs, status};
+use crate::control::client::Client;
 use crate::control::keeper::{KeeperClient, KeeperClientError, KeeperError, RestoredMachine};
 use crate::control::socket::RunDir;
 use crate::handover::luo::IncomingSession;
 
 /// The raw counter when init was reached, as init itself noted it.
 const INIT_COUNTER: &str = "KHO_VMM_INIT_COUNTER";
+
+/// How long whoever comes after a keeper that has ended may take: it may start a VM three times, each of which may take a minute.
+const SUCCESSION: Duration = Duration::from_secs(300);
+/// How long a VM has to say how it is.
+const STATUS_PATIENCE: Duration = Duration::from_secs(10);
+/// How often to look what has become of a VM whose keeper has ended.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What the supervisor said when it could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -86,8 +97,8 @@ pub fn restore(dir: &RunDir, arguments: &RestoreArgs, log: LogArgs, started: u64
 
 /// Tries again to restore a VM that is kept.
 fn again(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
-    match KeeperClient::connect(dir).and_then(|mut keeper| keeper.restore(name)) {
-        Ok(RestoredMachine { attempts, blackout_ms }) => {
+    match ask(dir, name) {
+        Ok(Answer { attempts, blackout_ms }) => {
             if json {
                 let result = json!({
                     "event": "result", "result": "restored", "name": name, "attempts": attempts, "blackout_ms": blackout_ms,
@@ -108,6 +119,44 @@ fn again(dir: &RunDir, name: &str, json: bool) -> anyhow::Result<u8> {
             Ok(status::KEPT)
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// How it went.
+struct Answer {
+    /// How often the VM was started, where that is known.
+    attempts: Option<u32>,
+    blackout_ms: Option<f64>,
+}
+
+/// Has a VM restored by whoever keeps it. Should that one die meanwhile, of this very VM or of whatever, the next one tries by itself: then
+/// the answer is what has become of the VM.
+fn ask(dir: &RunDir, name: &str) -> Result<Answer, KeeperClientError> {
+    let mut ended: Option<Instant> = None;
+    loop {
+        match KeeperClient::connect(dir).and_then(|mut keeper| keeper.restore(name)) {
+            Ok(RestoredMachine { attempts, blackout_ms }) => {
+                return Ok(Answer { attempts: Some(attempts), blackout_ms });
+            }
+            Err(KeeperClientError::Ended) => {
+                tracing::warn!(vm = name, "the process that keeps it has ended: another one goes on");
+                ended.get_or_insert_with(Instant::now);
+            }
+            Err(KeeperClientError::NotThere | KeeperClientError::Refused(KeeperError::NotKept { .. }))
+                if ended.is_some() => {}
+            Err(error) => return Err(error),
+        }
+        if ended.is_some_and(|ended| ended.elapsed() > SUCCESSION) {
+            return Err(KeeperClientError::Ended);
+        }
+        // As long as there is the note, somebody holds its memory, and tries, or keeps it again and can be asked.
+        if KeptVm::read(dir, name).is_none() {
+            let asked = Client::connect(dir, name, STATUS_PATIENCE).and_then(|mut client| client.status());
+            let Ok(status) = asked else { return Err(KeeperClientError::Ended) };
+            let blackout_ms = status.timeline().and_then(|timeline| timeline.blackout_ms());
+            return Ok(Answer { attempts: None, blackout_ms });
+        }
+        thread::sleep(LOOK);
     }
 }
 

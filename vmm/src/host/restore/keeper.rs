@@ -144,7 +144,8 @@ impl Keeper for Places {
     fn discard(&self, name: &str) -> Result<(), KeeperError> {
         self.change(name, |outcome| {
             tracing::warn!(vm = name, "it is given up, and its memory is lost");
-            (outcome.discard(), Ok(()))
+            let (outcome, noted) = outcome.discard();
+            (outcome, noted.map_err(|error| KeeperError::NotGivenUp { reason: error.to_string() }))
         })
     }
 }

@@ -136,10 +136,18 @@ impl Outcome {
         files.as_ref().ok_or_else(|| reason.clone())
     }
 
-    /// Gives it up.
-    pub fn discard(self) -> Self {
-        KeptVm::clear(&self.work.common.dir, &self.work.vm.name);
-        Self { work: self.work, fate: Fate::Discarded }
+    /// Gives it up. Where that cannot be noted, it is kept as before: whoever comes after this process would start it.
+    pub fn discard(self) -> (Self, io::Result<()>) {
+        let Self { work, fate } = self;
+        if let Err(error) = work.record.set_given_up() {
+            return (Self { work, fate }, Err(error));
+        }
+        // Its files are closed before: what is still open when the session ends lives as long as that.
+        if let Fate::Kept(Kept { session: Some(session), files, .. }) = fate {
+            drop(files);
+            work.finish(session);
+        }
+        (work.given_up(), Ok(()))
     }
 }
 
@@ -201,6 +209,9 @@ impl Work {
 
     /// Restores it.
     pub fn carry_out(mut self, session: Result<IncomingSession, LuoError>) -> Outcome {
+        if self.record.is_given_up().is_ok_and(|is_given_up| is_given_up) {
+            return self.given_up();
+        }
         let predecessor = self.record.process().ok().filter(|&pid| pid != 0);
         let result = match session {
             Ok(session) => self.restore(session, None, predecessor),
@@ -211,6 +222,9 @@ impl Work {
 
     /// Does not even try, as that has killed whoever did.
     pub fn keep(mut self, session: Result<IncomingSession, LuoError>) -> Outcome {
+        if self.record.is_given_up().is_ok_and(|is_given_up| is_given_up) {
+            return self.given_up();
+        }
         let result = match session {
             Ok(session) if self.record.has_run().is_ok_and(|has_run| has_run) => {
                 let settled = self.take_over();
@@ -222,6 +236,11 @@ impl Work {
             }
         };
         self.outcome(result)
+    }
+
+    fn given_up(self) -> Outcome {
+        KeptVm::clear(&self.common.dir, &self.vm.name);
+        Outcome { work: self, fate: Fate::Discarded }
     }
 
     fn outcome(self, result: Result<(), Kept>) -> Outcome {
@@ -342,11 +361,15 @@ impl Work {
             return Err(Kept { reason, session: Some(session), files });
         }
         // The VM has its memory open itself.
+        self.finish(session);
+        Ok(())
+    }
+
+    fn finish(&self, session: IncomingSession) {
         if let Err(error) = session.finish() {
             // The session is closed all the same, which the kernel takes for the same.
             tracing::error!(error = %chain(&error), vm = self.vm.name, "cannot finish its session");
         }
-        Ok(())
     }
 
     fn start(&self, attempt: u32) -> Result<VmProcess, String> {
