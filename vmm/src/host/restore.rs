@@ -132,31 +132,34 @@ struct Answer {
 /// Has a VM restored by whoever keeps it. Should that one die meanwhile, of this very VM or of whatever, the next one tries by itself: then
 /// the answer is what has become of the VM.
 fn ask(dir: &RunDir, name: &str) -> Result<Answer, KeeperClientError> {
-    let mut ended: Option<Instant> = None;
+    let attempts = KeptVm::read(dir, name).map(|note| note.attempts);
+    match KeeperClient::connect(dir).and_then(|mut keeper| keeper.restore(name)) {
+        Ok(RestoredMachine { attempts, blackout_ms }) => Ok(Answer { attempts: Some(attempts), blackout_ms }),
+        Err(KeeperClientError::Ended) => await_successor(dir, name, attempts),
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits for what whoever comes after a keeper that has ended makes of a VM. It is not asked to try again: it has, or does not as that has
+/// killed all who did.
+fn await_successor(dir: &RunDir, name: &str, attempts: Option<u32>) -> Result<Answer, KeeperClientError> {
+    tracing::warn!(vm = name, "the process that keeps it has ended: another one goes on");
+    let deadline = Instant::now() + SUCCESSION;
     loop {
-        match KeeperClient::connect(dir).and_then(|mut keeper| keeper.restore(name)) {
-            Ok(RestoredMachine { attempts, blackout_ms }) => {
-                return Ok(Answer { attempts: Some(attempts), blackout_ms });
+        // The note is there as long as it is kept, and a new one after each attempt.
+        match KeptVm::read(dir, name) {
+            None => {
+                let asked = Client::connect(dir, name, STATUS_PATIENCE).and_then(|mut client| client.status());
+                let Ok(status) = asked else { return Err(KeeperClientError::Ended) };
+                let blackout_ms = status.timeline().and_then(|timeline| timeline.blackout_ms());
+                return Ok(Answer { attempts: None, blackout_ms });
             }
-            Err(KeeperClientError::Ended) => {
-                tracing::warn!(vm = name, "the process that keeps it has ended: another one goes on");
-                ended.get_or_insert_with(Instant::now);
+            Some(note) if Some(note.attempts) != attempts => {
+                return Err(KeeperError::NotRestored { reason: note.reason }.into());
             }
-            Err(KeeperClientError::NotThere | KeeperClientError::Refused(KeeperError::NotKept { .. }))
-                if ended.is_some() => {}
-            Err(error) => return Err(error),
+            Some(_) if Instant::now() >= deadline => return Err(KeeperClientError::Ended),
+            Some(_) => thread::sleep(LOOK),
         }
-        if ended.is_some_and(|ended| ended.elapsed() > SUCCESSION) {
-            return Err(KeeperClientError::Ended);
-        }
-        // As long as there is the note, somebody holds its memory, and tries, or keeps it again and can be asked.
-        if KeptVm::read(dir, name).is_none() {
-            let asked = Client::connect(dir, name, STATUS_PATIENCE).and_then(|mut client| client.status());
-            let Ok(status) = asked else { return Err(KeeperClientError::Ended) };
-            let blackout_ms = status.timeline().and_then(|timeline| timeline.blackout_ms());
-            return Ok(Answer { attempts: None, blackout_ms });
-        }
-        thread::sleep(LOOK);
     }
 }
 
@@ -297,6 +300,21 @@ mod tests {
         let error = conclude(&json!({"result": "failed", "error": "what: why", "help": "do"})).unwrap_err();
         assert_eq!(error.to_string(), "what: why");
         assert_eq!(error.downcast_ref::<SupervisorError>().unwrap().help().as_deref(), Some("do"));
+    }
+
+    #[test]
+    fn vm_that_is_kept_again_by_a_successor_is_told_to_be_and_not_tried_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir::at(folder.path());
+        let (name, pid) = ("a".to_owned(), std::process::id());
+        KeptVm { name, reason: "no".into(), pid, attempts: 4, memory: 1 << 30, generation: 2 }.write(&dir).unwrap();
+        match await_successor(&dir, "a", Some(1)) {
+            Err(KeeperClientError::Refused(KeeperError::NotRestored { reason })) => assert_eq!(reason, "no"),
+            other => panic!("{:?}", other.map(|answer| answer.attempts)),
+        }
+        KeptVm::clear(&dir, "a");
+        let ended = await_successor(&dir, "a", Some(4)).map(|answer| answer.attempts).unwrap_err();
+        assert!(matches!(ended, KeeperClientError::Ended) && ended.help().is_some(), "{ended}");
     }
 
     #[test]
