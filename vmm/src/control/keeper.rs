@@ -193,7 +193,7 @@ pub enum KeeperClientError {
 impl KeeperClientError {
     /// What the operator can do about it.
     pub fn help(&self) -> Option<String> {
-        let ended = "another process holds what it kept, and goes on with it; `vmm list` shows which VMs run and which are kept";
+        let ended = "where a guardian is left, it holds what was kept and has another go on; `vmm list` shows what runs and what is kept";
         matches!(self, Self::Ended).then(|| ended.to_owned())
     }
 }
