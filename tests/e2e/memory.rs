@@ -46,7 +46,7 @@ fn the_monitors_share_of_the_blackout_does_not_grow_with_the_guests_memory(archi
 
 /// KiB of shared memory in huge pages.
 fn huge_memory(host: &mut Host) -> Result<u64> {
-    field(&host.read("/proc/meminfo")?, "ShmemHugePages:")
+    Ok(host.memory("ShmemHugePages")? >> 10)
 }
 
 /// KiB of memory that the monitor uses besides the guest's, which is shared memory.

@@ -140,7 +140,7 @@ fn ask(dir: &RunDir, name: &str) -> Result<Answer, KeeperClientError> {
     }
 }
 
-/// Waits for what whoever comes after a keeper that has ended makes of a VM. It is not asked to try again: it has, or does not as that has
+/// Waits for what the successor of a keeper that has ended makes of a VM. It is not asked to try again: it has, or does not as that has
 /// killed all who did.
 fn await_successor(dir: &RunDir, name: &str, attempts: Option<u32>) -> Result<Answer, KeeperClientError> {
     tracing::warn!(vm = name, "the process that keeps it has ended: another one goes on");

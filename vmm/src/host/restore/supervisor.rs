@@ -259,7 +259,11 @@ type Slot = Mutex<Option<(Work, Result<IncomingSession, LuoError>)>>;
 fn carry_out(slot: &Slot, number: usize, sender: &Sender<Message>, now: bool) {
     let work = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some((work, session)) = work {
-        let outcome = if now { work.carry_out(session) } else { work.keep(session) };
+        let outcome = match now {
+            _ if work.is_given_up() => work.given_up(),
+            true => work.carry_out(session),
+            false => work.keep(session),
+        };
         drop(sender.send(Message::Done(number, Box::new(outcome))));
     }
 }

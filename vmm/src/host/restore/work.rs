@@ -209,9 +209,6 @@ impl Work {
 
     /// Restores it.
     pub fn carry_out(mut self, session: Result<IncomingSession, LuoError>) -> Outcome {
-        if self.record.is_given_up().is_ok_and(|is_given_up| is_given_up) {
-            return self.given_up();
-        }
         let predecessor = self.record.process().ok().filter(|&pid| pid != 0);
         let result = match session {
             Ok(session) => self.restore(session, None, predecessor),
@@ -222,9 +219,6 @@ impl Work {
 
     /// Does not even try, as that has killed whoever did.
     pub fn keep(mut self, session: Result<IncomingSession, LuoError>) -> Outcome {
-        if self.record.is_given_up().is_ok_and(|is_given_up| is_given_up) {
-            return self.given_up();
-        }
         let result = match session {
             Ok(session) if self.record.has_run().is_ok_and(|has_run| has_run) => {
                 let settled = self.take_over();
@@ -238,7 +232,13 @@ impl Work {
         self.outcome(result)
     }
 
-    fn given_up(self) -> Outcome {
+    /// Whether it was given up, under a process that restored before this one and was killed.
+    pub fn is_given_up(&self) -> bool {
+        self.record.is_given_up().is_ok_and(|is_given_up| is_given_up)
+    }
+
+    /// Leaves it to nobody.
+    pub fn given_up(self) -> Outcome {
         KeptVm::clear(&self.common.dir, &self.vm.name);
         Outcome { work: self, fate: Fate::Discarded }
     }
